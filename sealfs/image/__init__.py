@@ -1,0 +1,1 @@
+"""The sealed image: format, tree, journal, recovery, cache. Knows no FUSE, no TPM, no trio."""

@@ -1,0 +1,222 @@
+"""Plaintext blocks in memory: dirty ones in one slab, clean ones in order of use, with limits.
+
+One `BlockCache` serves all images of a mount; each image has its `ImageCache` in it. Dirty blocks
+are frames, slices of one anonymous mapping that is kept out of core dumps. A block being
+committed keeps its frame until its commit is done; a write that comes meanwhile takes another.
+
+Concurrency: the owner's thread only, but for frames under commit, which a worker may read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Iterable, Sequence
+
+from sealfs.image.layout import BLOCK_SIZE
+from sealfs.image.plan import Buffer
+
+CLEAN_MAX = 256 << 20
+DIRTY_MAX = 64 << 20
+
+_MADV_DONTDUMP = getattr(mmap, "MADV_DONTDUMP", 16)
+_SORT_COUNT_MIN = 64
+"""Giving back that many frames sorts the free ones: neighbours let a long write be one copy."""
+_IMAGE_SHIFT = 48
+"""Blocks of an image are below 2^35; the bits above tell images apart."""
+
+
+class BlockCache:
+    """The memory for plaintext of one mount.
+
+    Args:
+        clean_max: bytes of blocks kept after reading.
+        dirty_max: bytes of blocks that wait to be committed.
+    """
+
+    def __init__(self, clean_max: int = CLEAN_MAX, dirty_max: int = DIRTY_MAX) -> None:
+        self.clean_max = clean_max
+        self.dirty_max = max(dirty_max, BLOCK_SIZE) // BLOCK_SIZE * BLOCK_SIZE
+        self._clean_count_max = clean_max // BLOCK_SIZE
+        self._clean: dict[int, bytes] = {}
+        self._slab: mmap.mmap | None = None
+        self.view = memoryview(b"")
+        self._free = list(range(self.dirty_max // BLOCK_SIZE - 1, -1, -1))
+        self._image_count = 0
+        self.hits = 0
+        self.misses = 0
+
+    @property
+    def dirty_size(self) -> int:
+        """Bytes in dirty frames, those under commit included."""
+        return self.dirty_max - len(self._free) * BLOCK_SIZE
+
+    @property
+    def free_count(self) -> int:
+        """Frames that can be taken."""
+        return len(self._free)
+
+    @property
+    def clean_size(self) -> int:
+        """Bytes of clean blocks."""
+        return len(self._clean) * BLOCK_SIZE
+
+    def attach(self) -> ImageCache:
+        """Return a new image's part of the cache."""
+        if self._slab is None:
+            # Mapped when the first image is opened, so that daemonising does not copy it.
+            self._slab = mmap.mmap(-1, self.dirty_max)
+            with contextlib.suppress(OSError):
+                self._slab.madvise(_MADV_DONTDUMP)
+            self.view = memoryview(self._slab)
+        self._image_count += 1
+        return ImageCache(self, self._image_count << _IMAGE_SHIFT)
+
+    def take_frames(self, count: int) -> list[int]:
+        """Take `count` frames; that many must be free."""
+        frames = self._free[-count:]
+        del self._free[-count:]
+        frames.reverse()
+        return frames
+
+    def give_frames(self, frames: Sequence[int]) -> None:
+        """Give frames back."""
+        self._free.extend(frames)
+        if len(frames) >= _SORT_COUNT_MIN:
+            self._free.sort(reverse=True)
+
+    def get_clean(self, key: int) -> bytes | None:
+        """Return a clean block and remember that it was used."""
+        content = self._clean.pop(key, None)
+        if content is None:
+            self.misses += 1
+            return None
+        self._clean[key] = content
+        self.hits += 1
+        return content
+
+    def put_clean(self, key: int, content: bytes) -> None:
+        """Keep a block that has been read; the one used longest ago makes room."""
+        clean = self._clean
+        clean[key] = content
+        if len(clean) > self._clean_count_max:
+            del clean[next(iter(clean))]
+
+    def drop_clean(self, first: int, count: int) -> None:
+        """Forget a run of clean blocks."""
+        clean = self._clean
+        if not clean:
+            return
+        if count <= len(clean):
+            for key in range(first, first + count):
+                clean.pop(key, None)
+        else:
+            for key in [key for key in clean if first <= key < first + count]:
+                del clean[key]
+
+
+class ImageCache:
+    """One image's blocks in the cache. Block numbers are indexes on its disk."""
+
+    def __init__(self, cache: BlockCache, base: int) -> None:
+        self._cache = cache
+        self._base = base
+        self.dirty: dict[int, int] = {}
+        """Block to frame: accepted, not yet taken by a commit."""
+        self.committing: dict[int, int] = {}
+        """Block to frame: taken by the commit that is running."""
+
+    @property
+    def dirty_size(self) -> int:
+        """Bytes of this image that wait to be committed, or are being committed."""
+        return (len(self.dirty) + len(self.committing)) * BLOCK_SIZE
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that can be dirty, of all images together."""
+        return self._cache.dirty_max
+
+    @property
+    def free_count(self) -> int:
+        """Frames that can be taken, by any image."""
+        return self._cache.free_count
+
+    def frame(self, frame: int) -> memoryview:
+        """Return the content of a frame."""
+        return self._cache.view[frame * BLOCK_SIZE : (frame + 1) * BLOCK_SIZE]
+
+    def newest(self, block: int) -> memoryview | None:
+        """Return the content of a block that is dirty or being committed."""
+        frame = self.dirty.get(block)
+        if frame is None:
+            frame = self.committing.get(block)
+            if frame is None:
+                return None
+        return self.frame(frame)
+
+    def missing(self, first: int, count: int) -> int:
+        """Return how many frames writing this run would take."""
+        dirty = self.dirty
+        if not dirty:
+            return count
+        return count - sum(map(dirty.__contains__, range(first, first + count)))
+
+    def put(self, first: int, content: Buffer) -> None:
+        """Make whole blocks dirty; their frames must be free (`missing`)."""
+        view, dirty = self._cache.view, self.dirty
+        count = len(content) // BLOCK_SIZE
+        if count > 1 and self.missing(first, count) == count:
+            frames = self._cache.take_frames(count)
+            dirty.update(zip(range(first, first + count), frames, strict=True))
+            if frames == list(range(frames[0], frames[0] + count)):
+                at = frames[0] * BLOCK_SIZE
+                view[at : at + len(content)] = content
+            else:
+                for i, frame in enumerate(frames):
+                    at = frame * BLOCK_SIZE
+                    view[at : at + BLOCK_SIZE] = content[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
+        else:
+            for i in range(count):
+                frame = dirty.get(first + i, -1)
+                if frame < 0:
+                    frame = dirty[first + i] = self._cache.take_frames(1)[0]
+                at = frame * BLOCK_SIZE
+                view[at : at + BLOCK_SIZE] = content[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
+        self._cache.drop_clean(self._base + first, count)
+
+    def begin_commit(self, blocks: Sequence[int] | None = None) -> None:
+        """Hand dirty blocks (all, or these) to the commit that is beginning."""
+        assert not self.committing, "one commit runs at a time"
+        if blocks is None:
+            self.committing, self.dirty = self.dirty, {}
+        else:
+            self.committing = {block: self.dirty.pop(block) for block in blocks}
+
+    def finish(self, blocks: Iterable[int]) -> None:
+        """Let go of blocks whose commit is durable and home."""
+        self._cache.give_frames([self.committing.pop(block) for block in blocks])
+
+    def discard(self, first: int, count: int) -> None:
+        """Forget dirty and clean blocks of a run; none of them may be under commit."""
+        dirty = self.dirty
+        if count > len(dirty):
+            gone = [block for block in dirty if first <= block < first + count]
+        else:
+            gone = [block for block in range(first, first + count) if block in dirty]
+        self._cache.give_frames([dirty.pop(block) for block in gone])
+        self._cache.drop_clean(self._base + first, count)
+
+    def get_clean(self, block: int) -> bytes | None:
+        """Return a clean block, if it is kept."""
+        return self._cache.get_clean(self._base + block)
+
+    def put_clean(self, block: int, content: bytes) -> None:
+        """Keep a block that has been read."""
+        self._cache.put_clean(self._base + block, content)
+
+    def detach(self) -> None:
+        """Give everything back; what was dirty is lost."""
+        self._cache.give_frames([*self.dirty.values(), *self.committing.values()])
+        self.dirty.clear()
+        self.committing.clear()
+        self._cache.drop_clean(self._base, 1 << _IMAGE_SHIFT)

@@ -1,0 +1,306 @@
+"""Seal and open runs of blocks; subkeys, epochs, nonces, associated data (FORMAT.md 3).
+
+Concurrency: opening may happen in any thread. Sealing, and drawing an epoch, belong to the
+image's single writer: one commit at a time.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from sealfs.errors import BlockDamaged, IntegrityError, NoSpace
+from sealfs.image.format import (
+    HOLE,
+    LABELS,
+    MAGICS,
+    PRESENT,
+    TREE_MAC_SIZE,
+    EpochRow,
+)
+from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE
+from sealfs.image.plan import Buffer
+
+TAG_SIZE = 16
+EPOCH_BLOCKS_MAX = 1 << 31
+"""Blocks sealed under one epoch's key (FORMAT.md 3.2): far below GCM's own bounds."""
+
+_FLAGS = struct.pack("<I", PRESENT)
+_NONCE = struct.Struct("<IQ")
+_INDEX = struct.Struct("<Q")
+
+SealHook: TypeAlias = Callable[[bytes, int, int, int], None]
+"""Called as (salt, epoch, counter, block) for each seal; tests prove uniqueness with it."""
+
+
+def _derive(image_key: Buffer, salt: bytes, info: bytes) -> bytes:
+    return HKDF(algorithm=SHA256(), length=32, salt=salt, info=info).derive(bytes(image_key))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Subkeys:
+    """The keys of all MACs (FORMAT.md 3.1)."""
+
+    tree: bytes
+    journal: bytes
+    superblock: bytes
+    identity: bytes
+
+    @classmethod
+    def derive(cls, image_key: Buffer, uuid: bytes, generation: int) -> Subkeys:
+        """Derive them from the image key of a key generation."""
+        return cls(
+            *(
+                _derive(image_key, uuid, LABELS[name] + bytes([generation]))
+                for name in ("tree", "journal", "superblock", "identity")
+            )
+        )
+
+
+def mac_of(key: bytes, message: Buffer) -> bytes:
+    """Return HMAC-SHA-256, 32 bytes (RFC 2104)."""
+    return hmac.digest(key, message, "sha256")
+
+
+def same_mac(found: Buffer, expected: Buffer) -> bool:
+    """Compare two MACs in constant time."""
+    return hmac.compare_digest(found, expected)
+
+
+class TreeMacs:
+    """MACs of leaf pages, node pages and the root of one image (FORMAT.md 6)."""
+
+    def __init__(self, key: bytes, uuid: bytes) -> None:
+        self._key = key
+        self._uuid = uuid
+
+    def leaf(self, group: int, page: Buffer) -> bytes:
+        """MAC of a group's leaf page."""
+        return self._mac(MAGICS["leaf"], 0, group, page)
+
+    def node(self, level: int, index: int, columns: Buffer) -> bytes:
+        """MAC of a node page's authenticated columns."""
+        return self._mac(MAGICS["node"], level, index, columns)
+
+    def root(self, size: int, top: bytes) -> bytes:
+        """MAC of the whole: the disk's size and the top page's MAC."""
+        return self._mac(MAGICS["root"], 0, size, top)
+
+    def _mac(self, kind: bytes, level: int, index: int, content: Buffer) -> bytes:
+        prefix = kind + bytes((level,)) + self._uuid + _INDEX.pack(index)
+        return hmac.digest(self._key, prefix + content, "sha256")[:TREE_MAC_SIZE]
+
+
+class BlockCipher:
+    """AES-256-GCM of blocks under the keys of the epochs (FORMAT.md 3.2, 3.3)."""
+
+    def __init__(
+        self,
+        image_keys: dict[int, Buffer],
+        uuid: bytes,
+        path: str,
+        rows: Sequence[EpochRow],
+        on_seal: SealHook | None = None,
+    ) -> None:
+        self._image_keys = image_keys
+        self._uuid = uuid
+        self._path = path
+        self._rows = {row.epoch: row for row in rows}
+        self._keys: dict[int, AESGCM] = {}
+        self._prefix = MAGICS["block"] + uuid
+        self._on_seal = on_seal
+        self._epoch = 0
+        self._counter = 0
+        self._pid = os.getpid()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that seals; 0 before one is drawn."""
+        return self._epoch
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether a new epoch must be drawn before the next seal."""
+        return self._epoch == 0 or self._counter >= EPOCH_BLOCKS_MAX
+
+    def begin_epoch(self, row: EpochRow) -> None:
+        """Seal under this row from now on; it must be fresh and durable."""
+        self._rows[row.epoch] = row
+        # The salt is 32 fresh random bytes, so the key is new and counting from 0 repeats no
+        # (key, nonce), whatever an older copy of this file was used for.
+        self._epoch, self._counter = row.epoch, 0
+
+    def seal_blocks(
+        self, blocks: Sequence[int], frames: Sequence[Buffer], out: memoryview
+    ) -> bytes:
+        """Seal `frames`, the content of `blocks`, one after the other into `out`.
+
+        Args:
+            blocks: indexes on the VM's disk.
+            frames: BLOCK_SIZE bytes each.
+            out: len(blocks) * BLOCK_SIZE + TAG_SIZE bytes; the last 16 are scratch.
+
+        Returns:
+            The entries, ENTRY_SIZE bytes each, joined (FORMAT.md 6.1).
+        """
+        if os.getpid() != self._pid:
+            raise IntegrityError(self._path, "refusing to seal in a forked process")
+        epoch = self._epoch
+        counter = self._counter
+        # Burnt before use: whatever happens below, these counters never come again.
+        self._counter += len(blocks)
+        seal = self._key(epoch).encrypt_into
+        prefix, pack_nonce, pack_index = self._prefix, _NONCE.pack, _INDEX.pack
+        entries = []
+        at = 0
+        for block, frame in zip(blocks, frames, strict=True):
+            nonce = pack_nonce(epoch, counter)
+            end = at + BLOCK_SIZE
+            # The tag lands in front of where the next ciphertext goes, which then covers it.
+            seal(nonce, frame, prefix + pack_index(block), out[at : end + TAG_SIZE])
+            entries.append(nonce + out[end : end + TAG_SIZE] + _FLAGS)
+            counter += 1
+            at = end
+        if self._on_seal:
+            salt = self._rows[epoch].salt
+            for i, block in enumerate(blocks):
+                self._on_seal(salt, epoch, counter - len(blocks) + i, block)
+        return b"".join(entries)
+
+    def open_block(self, block: int, sealed: bytearray, entry: Buffer) -> bytes:
+        """Return the plaintext of one block.
+
+        Args:
+            block: its index on the VM's disk.
+            sealed: BLOCK_SIZE bytes of ciphertext and room for the tag; overwritten.
+            entry: its present entry.
+
+        Raises:
+            BlockDamaged: it does not authenticate.
+        """
+        nonce = bytes(entry[:12])
+        sealed[BLOCK_SIZE:] = entry[12:28]
+        key = self._keys.get(int.from_bytes(nonce[:4], "little"))
+        if key is None:
+            key = self._key_of_block(block, nonce)
+        try:
+            return key.decrypt(nonce, sealed, self._prefix + _INDEX.pack(block))
+        except InvalidTag:
+            raise self._damaged(block) from None
+
+    def open_blocks(self, first: int, sealed: memoryview, entries: Buffer, out: memoryview) -> None:
+        """Open a run of present blocks into `out`.
+
+        Args:
+            first: index of the first block on the VM's disk.
+            sealed: count * BLOCK_SIZE bytes of ciphertext and TAG_SIZE of scratch; overwritten.
+            entries: count * ENTRY_SIZE bytes.
+            out: count * BLOCK_SIZE bytes.
+
+        Raises:
+            BlockDamaged: naming a block that does not authenticate; `out` is then of no use.
+        """
+        count = len(entries) // ENTRY_SIZE
+        epoch, opener = -1, None
+        prefix, pack_index = self._prefix, _INDEX.pack
+        # From the last to the first: each tag is put behind its ciphertext, over the beginning
+        # of the next block, which has been opened already. So nothing is copied.
+        at, entry_at = count * BLOCK_SIZE, count * ENTRY_SIZE
+        for block in range(first + count - 1, first - 1, -1):
+            at -= BLOCK_SIZE
+            entry_at -= ENTRY_SIZE
+            nonce = bytes(entries[entry_at : entry_at + 12])
+            end = at + BLOCK_SIZE
+            sealed[end : end + TAG_SIZE] = entries[entry_at + 12 : entry_at + 28]
+            block_epoch = int.from_bytes(nonce[:4], "little")
+            if block_epoch != epoch or opener is None:
+                epoch, opener = block_epoch, self._key_of_block(block, nonce).decrypt_into
+            try:
+                opener(nonce, sealed[at : end + TAG_SIZE], prefix + pack_index(block), out[at:end])
+            except InvalidTag:
+                raise self._damaged(block) from None
+
+    def _damaged(self, block: int) -> BlockDamaged:
+        return BlockDamaged(
+            self._path, block, "does not authenticate (damaged, or altered outside sealfs)"
+        )
+
+    def _key_of_block(self, block: int, nonce: bytes) -> AESGCM:
+        epoch = int.from_bytes(nonce[:4], "little")
+        if epoch not in self._rows:
+            raise BlockDamaged(self._path, block, f"names the unknown epoch {epoch}")
+        return self._key(epoch)
+
+    def _key(self, epoch: int) -> AESGCM:
+        key = self._keys.get(epoch)
+        if key is None:
+            row = self._rows[epoch]
+            image_key = self._image_keys.get(row.key_generation)
+            if image_key is None:
+                raise IntegrityError(
+                    self._path, f"epoch {epoch} needs key generation {row.key_generation}"
+                )
+            info = (
+                LABELS["data"]
+                + bytes([row.key_generation])
+                + self._uuid
+                + row.epoch.to_bytes(4, "little")
+            )
+            key = self._keys[epoch] = AESGCM(_derive(image_key, row.salt, info))
+        return key
+
+
+class EpochTable:
+    """The rows of the epoch table, and the drawing of new ones (FORMAT.md 4.2)."""
+
+    def __init__(self, rows: list[EpochRow], rows_max: int, path: str) -> None:
+        self.rows = rows
+        self.rows_max = rows_max
+        self._path = path
+
+    @property
+    def is_nearly_full(self) -> bool:
+        """Whether less than a tenth of the room is left."""
+        return len(self.rows) * 10 > self.rows_max * 9
+
+    def draw(self, key_generation: int, random: Callable[[int], bytes]) -> EpochRow:
+        """Add and return a new epoch.
+
+        Raises:
+            NoSpace: the table is full.
+        """
+        if len(self.rows) >= self.rows_max:
+            raise NoSpace(
+                self._path,
+                f"the epoch table is full ({self.rows_max} rows): blocks of so many different"
+                " openings are in use that none can be dropped; export and import the image",
+            )
+        epoch = self.rows[-1].epoch + 1 if self.rows else 1
+        row = EpochRow(epoch, key_generation, random(32))
+        self.rows.append(row)
+        return row
+
+    def compact(self, in_use: set[int]) -> None:
+        """Drop the rows that no entry names; the last one stays, it numbers the next."""
+        self.rows = [
+            row for i, row in enumerate(self.rows)
+            if row.epoch in in_use or i == len(self.rows) - 1
+        ]  # fmt: skip
+
+
+def epochs_of(page: Buffer) -> set[int]:
+    """Return the epochs that the present entries of a leaf page name."""
+    return {
+        int.from_bytes(page[at : at + 4], "little")
+        for at in range(0, len(page), ENTRY_SIZE)
+        if page[at : at + ENTRY_SIZE] != HOLE
+    }

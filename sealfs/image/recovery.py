@@ -1,0 +1,342 @@
+"""Make a sealed image, and open one: verify, replay, and only then write (FORMAT.md 9).
+
+Waits for the disk throughout; a mount calls it in a worker thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from sealfs.errors import FormatError, IntegrityError, SealfsError
+from sealfs.image.cipher import (
+    BlockCipher,
+    EpochTable,
+    SealHook,
+    Subkeys,
+    TreeMacs,
+    mac_of,
+    same_mac,
+)
+from sealfs.image.format import (
+    ROW_SIZE,
+    SUPERBLOCK_SIZE,
+    EpochRow,
+    Identity,
+    Superblock,
+    decode_identity,
+    decode_table,
+    encode_identity,
+    identity_header,
+)
+from sealfs.image.journal import Scanned, Tail, scan
+from sealfs.image.layout import BLOCK_SIZE, JOURNAL_PAGES_MAX, Geometry
+from sealfs.image.plan import Buffer, Step, WritePlan
+from sealfs.image.steps import run
+from sealfs.image.storage import Storage, execute
+from sealfs.image.tree import Tree
+from sealfs.image.volume import Volume, encode_superblock, superblock_is_authentic
+
+DEFAULT_GEOMETRY = Geometry()
+_ZEROS_SIZE = 1 << 20
+_READ_SIZE = 1 << 20
+
+
+def create(
+    storage: Storage, *, identity: Identity, image_key: Buffer, size: int, geometry: Geometry
+) -> None:
+    """Write a complete, empty image into an empty file; durable on return.
+
+    Args:
+        storage: an empty file.
+        identity: of the new image; its uuid is fresh.
+        image_key: 32 random bytes.
+        size: of the disk, in bytes.
+        geometry: whose journal_pages is `geometry_for(size)`'s outside of tests.
+    """
+    keys = Subkeys.derive(image_key, identity.uuid, identity.key_generation)
+    macs = TreeMacs(keys.tree, identity.uuid)
+    tree = Tree(geometry, macs, storage.path)
+    root_mac = tree.refresh(size)
+    pages = tree.take_changes(lambda: (0, 0))
+    superblock = Superblock(
+        uuid=identity.uuid,
+        generation=1,
+        size=size,
+        geometry=geometry,
+        root_mac=root_mac,
+        root_slot=0,
+        root_position=0,
+        root_place=tree.top.place,
+        tail_page=0,
+        tail_sequence=0,
+        tail_mac=bytes(32),
+        epoch_count=0,
+        table_digest=hashlib.sha256(b"").digest(),
+        key_generation=identity.key_generation,
+        clean=True,
+    )
+    plan: WritePlan = [(Step.TRUNCATE, geometry.slot_offset(1))]
+    # The journal is written, not merely reserved: overwriting it must change no metadata of
+    # the file system, or RWF_DSYNC would have to sync that as well.
+    end = geometry.slots_offset
+    for offset in range(geometry.journal_offset, end, _ZEROS_SIZE):
+        plan.append((Step.WRITE, offset, [bytes(min(_ZEROS_SIZE, end - offset))]))
+    plan.extend((Step.WRITE, offset, [page]) for offset, page in pages)
+    plan.extend(_identity_writes(geometry, identity, keys))
+    plan.append((Step.SYNC,))
+    # Crash here: no superblock; the file is under its temporary name and is thrown away.
+    page = encode_superblock(superblock, keys).ljust(BLOCK_SIZE, b"\0")
+    plan.append((Step.WRITE, geometry.superblock_offset(0), [page]))
+    plan.append((Step.WRITE, geometry.superblock_offset(1), [bytes(BLOCK_SIZE)]))
+    plan.append((Step.SYNC,))
+    execute(storage, plan)
+
+
+def _identity_writes(geometry: Geometry, identity: Identity, keys: Subkeys) -> WritePlan:
+    content = identity.encode_content()
+    mac = mac_of(keys.identity, identity_header(content) + content)
+    raw = encode_identity(content, mac)
+    room = geometry.identity_pages * BLOCK_SIZE
+    assert len(raw) <= room, "identity fits its pages"
+    padded = raw.ljust(room, b"\0")
+    return [(Step.WRITE, geometry.identity_offset(copy), [padded]) for copy in (0, 1)]
+
+
+def read_identity(storage: Storage, geometry: Geometry = DEFAULT_GEOMETRY) -> Identity:
+    """Return the newest copy of the identity whose checksum is right; no key is needed.
+
+    What it says is to be believed only after `open_volume` has verified it.
+
+    Raises:
+        FormatError: there is no identity, or of an unknown version.
+        IntegrityError: both copies are damaged.
+    """
+    return _identities(storage, geometry)[0][0]
+
+
+def _identities(storage: Storage, geometry: Geometry) -> list[tuple[Identity, bytes, bytes]]:
+    found: list[tuple[Identity, bytes, bytes]] = []
+    failures: list[SealfsError] = []
+    for copy in (0, 1):
+        raw = storage.read(geometry.identity_offset(copy), geometry.identity_pages * BLOCK_SIZE)
+        try:
+            found.append(decode_identity(raw, storage.path))
+        except (FormatError, IntegrityError) as exc:
+            failures.append(exc)
+    if not found:
+        raise failures[0]
+    return sorted(found, key=lambda item: -item[0].generation)
+
+
+def peek(storage: Storage, geometry: Geometry = DEFAULT_GEOMETRY) -> Superblock:
+    """Return the newest superblock that decodes, *unverified*: for `stat` before the first open.
+
+    Raises:
+        FormatError: there is none.
+    """
+    found, failures = [], []
+    for copy in (0, 1):
+        raw = storage.read(geometry.superblock_offset(copy), SUPERBLOCK_SIZE)
+        try:
+            found.append(Superblock.decode(raw, storage.path))
+        except FormatError as exc:
+            failures.append(exc)
+    if not found:
+        raise failures[0]
+    return max(found, key=lambda superblock: superblock.generation)
+
+
+def open_volume(
+    storage: Storage, *, image_key: Buffer, random: Callable[[int], bytes],
+    geometry: Geometry = DEFAULT_GEOMETRY, read_only: bool = False,
+    record_roots: bool = False, on_seal: SealHook | None = None,
+) -> tuple[Volume, Identity]:  # fmt: skip
+    """Verify an image, bring it up to date, and return it with its verified identity.
+
+    Nothing is written before everything that is needed has been verified; nothing at all when
+    `read_only`, or when there is nothing to recover.
+
+    Raises:
+        FormatError: not a sealed image, or one this sealfs cannot read.
+        IntegrityError: a structure does not authenticate: damaged, altered, or the wrong key.
+        NoSpace: the epoch table is full.
+        StorageFailed: reading or writing failed.
+    """
+    path = storage.path
+    superblock, copy, raw, keys = _live_superblock(storage, image_key, geometry)
+    geometry = superblock.geometry
+    if storage.size() < geometry.slot_offset(1):
+        raise IntegrityError(
+            path,
+            f"is cut off: {storage.size()} bytes, its headers and journal alone take"
+            f" {geometry.slots_offset}",
+        )
+    identity = _verified_identity(storage, superblock, keys)
+    rows = _epoch_rows(storage, superblock, copy)
+    image_keys = {superblock.key_generation: image_key}
+    cipher = BlockCipher(image_keys, superblock.uuid, path, rows, on_seal)
+    macs = TreeMacs(keys.tree, superblock.uuid)
+    tree = Tree.load(
+        geometry,
+        macs,
+        path,
+        lambda offset: storage.read(offset, BLOCK_SIZE),
+        root_mac=superblock.root_mac,
+        size=superblock.size,
+        location=(superblock.root_slot, superblock.root_position, superblock.root_place),
+    )
+    volume = Volume(
+        storage,
+        superblock=superblock,
+        live_copy=copy,
+        live_raw=raw,
+        keys=keys,
+        macs=macs,
+        cipher=cipher,
+        table=EpochTable(rows, geometry.table_rows_max, path),
+        tree=tree,
+        random=random,
+        record_roots=record_roots,
+    )
+    _occupy_slots(volume)
+    scanned = _scan_journal(storage, superblock, keys, rows, cipher)
+    for item in scanned:
+        volume.apply(item.record)
+        for i, block in enumerate(item.record.inline_blocks):
+            page = item.payload_page + i
+            if block < volume.geometry.group_count_max * volume.geometry.group_blocks:
+                volume.inline[block] = geometry.journal_page_offset(page)
+        _forget_holes(volume, item)
+        volume.journal.advance(item.record, item.mac)
+    if scanned:
+        expected = scanned[-1].record.root_mac
+        if expected is not None and not same_mac(tree.refresh(volume.size), expected):
+            raise IntegrityError(path, "the tree after replay is not the one last recorded")
+        if not read_only:
+            _finish_recovery(volume)
+    return volume, identity
+
+
+def _forget_holes(volume: Volume, item: Scanned) -> None:
+    """Drop inline payloads of blocks that the same record made holes, or cut off."""
+    for block in item.record.inline_blocks:
+        group, index = divmod(block, volume.geometry.group_blocks)
+        leaf = volume.tree.leaf(group)
+        if leaf is None or leaf[index * 32 + 28] == 0:
+            volume.inline.pop(block, None)
+
+
+def _finish_recovery(volume: Volume) -> None:
+    storage, geometry = volume.storage, volume.geometry
+    # What was read may live in the page cache alone: its writer was killed inside its DSYNC.
+    # Writing a block home on the strength of it could then lose both versions. And the length
+    # of the file may be what was lost: slots that records name are part of it again.
+    plan: WritePlan = volume.length_plan()
+    plan.append((Step.SYNC,))
+    for block, offset in sorted(volume.inline.items()):
+        group, index = divmod(block, geometry.group_blocks)
+        home = geometry.block_offset(volume.tree.slot_of(group), index)
+        plan.append((Step.WRITE, home, [storage.read(offset, BLOCK_SIZE)]))
+    execute(storage, plan)
+    volume.inline.clear()
+    # Crash anywhere in here: the records are still there; recovered again, to the same bytes.
+    if len(volume.table.rows) >= volume.table.rows_max:
+        volume.compact_table()
+    run(volume.checkpoint_steps(new_epoch=True))
+
+
+def _live_superblock(
+    storage: Storage, image_key: Buffer, geometry: Geometry
+) -> tuple[Superblock, int, bytes, Subkeys]:
+    found: list[tuple[Superblock, int, bytes, Subkeys]] = []
+    failures: list[FormatError] = []
+    decoded = 0
+    for copy in (0, 1):
+        raw = storage.read_direct(geometry.superblock_offset(copy), BLOCK_SIZE)[:SUPERBLOCK_SIZE]
+        try:
+            superblock = Superblock.decode(raw, storage.path)
+        except FormatError as exc:
+            failures.append(exc)
+            continue
+        decoded += 1
+        keys = Subkeys.derive(image_key, superblock.uuid, superblock.key_generation)
+        if superblock_is_authentic(raw, keys):
+            found.append((superblock, copy, raw, keys))
+    if not found:
+        if not decoded:
+            raise failures[0]
+        raise IntegrityError(
+            storage.path,
+            "no superblock authenticates (damaged, altered outside sealfs, or another key)",
+        )
+    live = max(found, key=lambda item: item[0].generation)
+    found_geometry = live[0].geometry
+    journal_pages = found_geometry.journal_pages
+    if replace(geometry, journal_pages=journal_pages) != found_geometry or not (
+        4 <= journal_pages <= JOURNAL_PAGES_MAX
+    ):
+        raise FormatError(storage.path, f"superblock: unknown geometry {found_geometry}")
+    return live
+
+
+def _verified_identity(storage: Storage, superblock: Superblock, keys: Subkeys) -> Identity:
+    for identity, content, mac in _identities(storage, superblock.geometry):
+        message = identity_header(content) + content
+        if same_mac(mac_of(keys.identity, message), mac) and identity.uuid == superblock.uuid:
+            return identity
+    raise IntegrityError(storage.path, "identity does not authenticate (altered outside sealfs)")
+
+
+def _epoch_rows(storage: Storage, superblock: Superblock, copy: int) -> list[EpochRow]:
+    geometry = superblock.geometry
+    size = min(superblock.epoch_count, geometry.table_rows_max) * ROW_SIZE
+    for candidate in (copy, 1 - copy):
+        raw = storage.read(geometry.table_offset(candidate), size)
+        if same_mac(hashlib.sha256(raw).digest(), superblock.table_digest):
+            return decode_table(raw, storage.path)
+    raise IntegrityError(storage.path, "epoch table does not authenticate")
+
+
+def _occupy_slots(volume: Volume) -> None:
+    """Mark what the tree names as busy; each slot once, and within the file."""
+    slot_count = volume.geometry.slot_count_of(volume.storage.size())
+    chunks = volume.tree.chunks()
+    for slot, positions in chunks.items():
+        if not volume.allocator.occupy(slot):
+            raise IntegrityError(volume.path, f"slot {slot} is used twice")
+        volume.allocator.add_chunk(slot, positions)
+    highest = max(chunks, default=-1)
+    for group in volume.tree.groups():
+        slot = volume.tree.slot_of(group)
+        highest = max(highest, slot)
+        if slot < slot_count and not volume.allocator.occupy(slot):
+            raise IntegrityError(volume.path, f"slot {slot} is used twice")
+    if highest >= slot_count:
+        raise IntegrityError(
+            volume.path,
+            f"is cut off: its tree names slot {highest}, the file ends after {slot_count} slots",
+        )
+
+
+def _scan_journal(
+    storage: Storage, superblock: Superblock, keys: Subkeys, rows: list[EpochRow],
+    cipher: BlockCipher,
+) -> list[Scanned]:  # fmt: skip
+    geometry = superblock.geometry
+    size = geometry.journal_pages * BLOCK_SIZE
+    journal = b"".join(
+        storage.read_direct(geometry.journal_offset + at, min(_READ_SIZE, size - at))
+        for at in range(0, size, _READ_SIZE)
+    )
+    return scan(
+        lambda page, count: journal[page * BLOCK_SIZE : (page + count) * BLOCK_SIZE],
+        page_count=geometry.journal_pages,
+        tail=Tail(superblock.tail_page, superblock.tail_sequence, superblock.tail_mac),
+        uuid=superblock.uuid,
+        epoch=rows[-1].epoch if rows else 0,
+        key=keys.journal,
+        cipher=cipher,
+        path=storage.path,
+    )

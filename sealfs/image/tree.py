@@ -1,0 +1,408 @@
+"""Leaf and node pages in memory: lookup, verification, batched update (FORMAT.md 6).
+
+All node pages are here from open on; leaf pages are loaded on demand and the clean ones evicted.
+A change marks pages *stale* (their MAC is to be computed) and *changed* (they are to be written
+at the next checkpoint). Does no I/O: it is given pages and gives pages.
+
+Concurrency: changed only in the owner's thread, except by `refresh` and `take_changes`, which run
+in a worker while nothing else may change the tree. Other threads may look leaf entries up: what
+they find may be outdated by the time they use it, which the blocks' tags then tell.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from sealfs.errors import FormatError, IntegrityError
+from sealfs.image.cipher import TreeMacs, same_mac
+from sealfs.image.format import HOLE, NO_MAC, TREE_MAC_SIZE
+from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, Geometry
+
+LEAVES_MAX = 4096
+"""Leaf pages kept in memory for one image, unless more are changed: 16 MiB, 2 GiB of disk."""
+
+NO_SLOT = -1
+
+EMPTY_LEAF = bytes(BLOCK_SIZE)
+
+ReadPage = Callable[[int], bytes]
+"""Given an offset in the file, returns BLOCK_SIZE bytes, fewer at its end."""
+
+
+class Node:
+    """One node page: where it lies, and its columns (FORMAT.md 6.2)."""
+
+    __slots__ = ("index", "level", "macs", "place", "places", "position", "positions",
+                 "present", "slot", "slots")  # fmt: skip
+
+    def __init__(self, level: int, index: int, fanout: int) -> None:
+        self.level, self.index = level, index
+        self.slot, self.position, self.place = NO_SLOT, 0, 0
+        self.macs = bytearray(TREE_MAC_SIZE * fanout)
+        self.slots = array("I", bytes(4 * fanout))
+        self.places = bytearray(fanout)
+        self.positions = bytearray(fanout)
+        self.present = bytearray(fanout)
+        """1 where there is a child; its MAC may be yet to be computed."""
+
+    def columns(self) -> bytes:
+        """Return what the page's MAC covers."""
+        return bytes(self.macs) + self.slots.tobytes() if self.level == 1 else bytes(self.macs)
+
+    def encode(self) -> bytes:
+        """Return the page."""
+        page = b"".join((self.macs, self.slots.tobytes(), self.places, self.positions))
+        return page.ljust(BLOCK_SIZE, b"\0")
+
+    @classmethod
+    def decode(cls, level: int, index: int, fanout: int, page: bytes) -> Node:
+        """Take a page apart; whether it is authentic is the caller's question."""
+        node = cls(level, index, fanout)
+        at = TREE_MAC_SIZE * fanout
+        node.macs[:] = page[:at]
+        node.slots = array("I", page[at : at + 4 * fanout])
+        at += 4 * fanout
+        node.places[:] = page[at : at + fanout]
+        node.positions[:] = page[at + fanout : at + 2 * fanout]
+        if NO_MAC not in node.macs:
+            node.present[:] = b"\1" * fanout
+        else:
+            for i in range(fanout):
+                node.present[i] = node.mac(i) != NO_MAC
+        return node
+
+    def mac(self, i: int) -> bytes:
+        """Return the MAC of child i."""
+        return bytes(self.macs[TREE_MAC_SIZE * i : TREE_MAC_SIZE * (i + 1)])
+
+    def set_mac(self, i: int, mac: bytes) -> None:
+        """Set the MAC of child i."""
+        self.macs[TREE_MAC_SIZE * i : TREE_MAC_SIZE * (i + 1)] = mac
+
+    def clear(self, i: int) -> None:
+        """Make child i a hole."""
+        self.set_mac(i, NO_MAC)
+        self.slots[i] = self.places[i] = self.positions[i] = self.present[i] = 0
+
+
+class Tree:
+    """The authenticated tree of one image."""
+
+    def __init__(self, geometry: Geometry, macs: TreeMacs, path: str) -> None:
+        self._geometry = geometry
+        self._fanout = geometry.fanout
+        self._macs = macs
+        self._path = path
+        self.nodes: list[dict[int, Node]] = [{} for _ in range(geometry.depth + 1)]
+        """nodes[level][index]; level 0 is not used."""
+        self._leaves: dict[int, bytearray] = {}
+        self._stale_leaves: set[int] = set()
+        self._changed_leaves: set[int] = set()
+        self._stale_nodes: list[set[int]] = [set() for _ in range(geometry.depth + 1)]
+        self._changed_nodes: list[set[int]] = [set() for _ in range(geometry.depth + 1)]
+        self.gone_nodes: list[tuple[int, int]] = []
+        """(slot, position) of node pages that were given up, for the allocator."""
+        top = Node(geometry.depth, 0, self._fanout)
+        self.nodes[geometry.depth][0] = top
+        self._mark_node(top)
+
+    # -- loading
+
+    @classmethod
+    def load(
+        cls, geometry: Geometry, macs: TreeMacs, path: str, read_page: ReadPage, *,
+        root_mac: bytes, size: int, location: tuple[int, int, int],
+    ) -> Tree:  # fmt: skip
+        """Load and verify all node pages.
+
+        Args:
+            geometry: of the image.
+            macs: computes its MACs.
+            path: for messages.
+            read_page: reads a page of the file.
+            root_mac: from the live superblock.
+            size: of the disk, from there too.
+            location: (slot, position, place) of the top page.
+
+        Raises:
+            IntegrityError: a page does not authenticate, or a slot is used twice.
+        """
+        tree = cls(geometry, macs, path)
+        tree._stale_nodes[geometry.depth].clear()
+        tree._changed_nodes[geometry.depth].clear()
+        used: set[tuple[int, int]] = set()
+        pending = [(geometry.depth, 0, location, b"")]
+        while pending:
+            level, index, (slot, position, place), expected = pending.pop()
+            if (slot, position) in used or position >= geometry.chunk_nodes:
+                raise FormatError(path, f"node {level}.{index}: its position is used twice")
+            used.add((slot, position))
+            for attempt in (place & 1, 1 - (place & 1)):
+                page = read_page(geometry.node_offset(slot, position, attempt))
+                if len(page) < BLOCK_SIZE:
+                    continue
+                node = Node.decode(level, index, geometry.fanout, page)
+                mac = macs.node(level, index, node.columns())
+                if (
+                    same_mac(mac, expected)
+                    if expected
+                    else same_mac(macs.root(size, mac), root_mac)
+                ):
+                    break
+            else:
+                raise IntegrityError(
+                    path, f"node page {level}.{index} (slot {slot}) does not authenticate"
+                )
+            node.slot, node.position, node.place = slot, position, attempt
+            tree.nodes[level][index] = node
+            if level > 1:
+                pending.extend(
+                    (level - 1, index * geometry.fanout + i,
+                     (node.slots[i], node.positions[i], node.places[i]), node.mac(i))
+                    for i in range(geometry.fanout) if node.present[i]
+                )  # fmt: skip
+        return tree
+
+    # -- groups
+
+    def slot_of(self, group: int) -> int:
+        """Return the slot of a group, NO_SLOT where it is a hole."""
+        node = self.nodes[1].get(group // self._fanout)
+        i = group % self._fanout
+        return node.slots[i] if node is not None and node.present[i] else NO_SLOT
+
+    def groups(self, first: int = 0) -> Iterator[int]:
+        """Yield the groups that have a slot, ascending, from `first` on."""
+        for index in sorted(self.nodes[1]):
+            if (index + 1) * self._fanout <= first:
+                continue
+            node = self.nodes[1].get(index)
+            if node is None:
+                continue
+            for i in range(max(0, first - index * self._fanout), self._fanout):
+                if node.present[i]:
+                    yield index * self._fanout + i
+
+    def chunks(self) -> dict[int, list[int]]:
+        """Return the node chunks in use: slot to positions."""
+        chunks: dict[int, list[int]] = {}
+        for level in self.nodes[1:]:
+            for node in level.values():
+                chunks.setdefault(node.slot, []).append(node.position)
+        return chunks
+
+    def leaf(self, group: int) -> bytearray | None:
+        """Return the leaf page of a group if it is in memory."""
+        return self._leaves.get(group)
+
+    def leaf_source(self, group: int) -> tuple[int, int, bytes]:
+        """Return (slot, place hint, MAC) of a group that has a slot."""
+        node, i = self.nodes[1][group // self._fanout], group % self._fanout
+        return node.slots[i], node.places[i], node.mac(i)
+
+    def verify_leaf(self, group: int, page: bytes, mac: bytes) -> bool:
+        """Whether a page read from the disk is the leaf page with that MAC."""
+        return len(page) == BLOCK_SIZE and same_mac(self._macs.leaf(group, page), mac)
+
+    def admit_leaf(self, group: int, page: bytes, place: int, mac: bytes) -> bytearray | None:
+        """Keep a verified leaf page, unless the group has moved on since it was read."""
+        leaf = self._leaves.get(group)
+        if leaf is not None:
+            return leaf
+        node, i = self.nodes[1].get(group // self._fanout), group % self._fanout
+        if node is None or not node.present[i] or node.mac(i) != mac:
+            return None
+        node.places[i] = place
+        leaf = self._leaves[group] = bytearray(page)
+        if len(self._leaves) > LEAVES_MAX:
+            self._evict()
+        return leaf
+
+    def _evict(self) -> None:
+        # First in, first out: cheap, and nothing on the read path has to keep an order.
+        for group in list(islice(self._leaves, len(self._leaves) - LEAVES_MAX + 64)):
+            if group not in self._changed_leaves:
+                del self._leaves[group]
+
+    # -- changes
+
+    def put_group(self, group: int, slot: int, leaf: bytes, mac: bytes | None) -> int:
+        """Give a group a slot and a leaf page; return the slot it had, or NO_SLOT.
+
+        With a MAC the leaf page is on the disk already, at place 0; without, a checkpoint
+        writes it there.
+        """
+        node, i = self._node_for(group), group % self._fanout
+        old = node.slots[i] if node.present[i] else NO_SLOT
+        node.slots[i], node.present[i] = slot, 1
+        node.places[i] = 0 if mac else 1  # the next write of a new leaf goes to place 0
+        self._leaves[group] = bytearray(leaf)
+        self._mark_node(node)
+        if mac:
+            node.set_mac(i, mac)
+            self._stale_leaves.discard(group)
+            self._changed_leaves.discard(group)
+        else:
+            self._stale_leaves.add(group)
+            self._changed_leaves.add(group)
+        return old
+
+    def put_sealed_group(self, group: int, slot: int, mac: bytes) -> int:
+        """As `put_group` for a leaf page that is at place 0 and not in memory."""
+        old = self.put_group(group, slot, b"", mac)
+        del self._leaves[group]
+        return old
+
+    def drop_group(self, group: int) -> int:
+        """Make a whole group a hole; return the slot it had."""
+        index, i = divmod(group, self._fanout)
+        node = self.nodes[1][index]
+        slot = node.slots[i]
+        node.clear(i)
+        self._mark_node(node)
+        self._leaves.pop(group, None)
+        self._stale_leaves.discard(group)
+        self._changed_leaves.discard(group)
+        return slot
+
+    def set_entries(self, group: int, index: int, entries: bytes) -> None:
+        """Set entries of a group whose leaf page is in memory, from `index` on."""
+        at = index * ENTRY_SIZE
+        self._leaves[group][at : at + len(entries)] = entries
+        self._stale_leaves.add(group)
+        self._changed_leaves.add(group)
+
+    @property
+    def changed_leaf_count(self) -> int:
+        """Leaf pages that wait for a checkpoint."""
+        return len(self._changed_leaves)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether a checkpoint would write a page of the tree."""
+        return bool(self._changed_leaves or any(self._changed_nodes))
+
+    def missing_nodes(self, group: int) -> int:
+        """Return how many node pages a first block in this group would add."""
+        index, missing = group, 0
+        for level in range(1, self._geometry.depth + 1):
+            index //= self._fanout
+            missing += index not in self.nodes[level]
+        return missing
+
+    def _node_for(self, group: int) -> Node:
+        index = group // self._fanout
+        node = self.nodes[1].get(index)
+        if node is None:
+            node = self.nodes[1][index] = Node(1, index, self._fanout)
+        return node
+
+    def _mark_node(self, node: Node) -> None:
+        self._stale_nodes[node.level].add(node.index)
+
+    def unplaced_nodes_max(self) -> int:
+        """Return an upper bound of the node pages that have no place on the disk yet."""
+        indexes = {
+            *self._stale_nodes[1],
+            *self._changed_nodes[1],
+            *(group // self._fanout for group in self._stale_leaves),
+        }
+        unplaced = sum(self.nodes[1][i].slot == NO_SLOT for i in indexes if i in self.nodes[1])
+        return unplaced * self._geometry.depth + (self.top.slot == NO_SLOT)
+
+    # -- MACs and checkpoint
+
+    def refresh(self, size: int) -> bytes:
+        """Compute the MACs of everything stale, bottom up, and return the root MAC."""
+        for group in self._stale_leaves:
+            node, i = self.nodes[1][group // self._fanout], group % self._fanout
+            node.set_mac(i, self._macs.leaf(group, self._leaves[group]))
+            self._mark_node(node)
+        self._stale_leaves.clear()
+        top = b""
+        for level in range(1, self._geometry.depth + 1):
+            for index in sorted(self._stale_nodes[level]):
+                top = self._refresh_node(level, index)
+            self._stale_nodes[level].clear()
+        if not top:
+            top = self._macs.node(
+                self._geometry.depth, 0, self.nodes[self._geometry.depth][0].columns()
+            )
+        return self._macs.root(size, top)
+
+    def _refresh_node(self, level: int, index: int) -> bytes:
+        node = self.nodes[level][index]
+        self._changed_nodes[level].add(index)
+        mac = self._macs.node(level, index, node.columns())
+        if level == self._geometry.depth:
+            return mac
+        parent_index, i = divmod(index, self._fanout)
+        parent = self.nodes[level + 1].get(parent_index)
+        if parent is None:
+            parent = self.nodes[level + 1][parent_index] = Node(
+                level + 1, parent_index, self._fanout
+            )
+        if any(node.present):
+            parent.set_mac(i, mac)
+            parent.present[i] = 1
+        else:
+            parent.clear(i)
+            del self.nodes[level][index]
+            self._changed_nodes[level].discard(index)
+            if node.slot != NO_SLOT:
+                self.gone_nodes.append((node.slot, node.position))
+        self._mark_node(parent)
+        return mac
+
+    def take_changes(self, take_node: Callable[[], tuple[int, int]]) -> list[tuple[int, bytes]]:
+        """Return what a checkpoint writes, (offset, page), and flip the places.
+
+        Never over a page that the live superblock's tree may need: leaf and node pages go to
+        their other place, new node pages to a free position. Call after `refresh`.
+        """
+        geometry, pages = self._geometry, []
+        for group in self._changed_leaves:
+            node, i = self.nodes[1][group // self._fanout], group % self._fanout
+            node.places[i] ^= 1
+            # The place is outside every MAC, but the page that hints at it is to be written.
+            self._changed_nodes[1].add(node.index)
+            offset = geometry.leaf_offset(node.slots[i], node.places[i])
+            pages.append((offset, bytes(self._leaves[group])))
+        self._changed_leaves.clear()
+        for level in range(1, geometry.depth + 1):
+            for index in sorted(self._changed_nodes[level]):
+                node = self.nodes[level][index]
+                if node.slot == NO_SLOT:
+                    node.slot, node.position = take_node()
+                    node.place = 0
+                else:
+                    node.place ^= 1
+                if level < geometry.depth:
+                    parent = self.nodes[level + 1][index // self._fanout]
+                    i = index % self._fanout
+                    parent.slots[i], parent.positions[i] = node.slot, node.position
+                    parent.places[i] = node.place
+                    self._changed_nodes[level + 1].add(parent.index)
+                offset = geometry.node_offset(node.slot, node.position, node.place)
+                pages.append((offset, node.encode()))
+            self._changed_nodes[level].clear()
+        if len(self._leaves) > LEAVES_MAX:
+            self._evict()
+        return pages
+
+    @property
+    def top(self) -> Node:
+        """The top node page."""
+        return self.nodes[self._geometry.depth][0]
+
+
+def holes_in(entries: bytes) -> bool:
+    """Whether some of these joined entries are holes."""
+    return entries[28::ENTRY_SIZE].count(1) != len(entries) // ENTRY_SIZE
+
+
+def is_hole(leaf: bytearray, index: int) -> bool:
+    """Whether an entry of a leaf page is a hole."""
+    return leaf[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE] == HOLE

@@ -1,0 +1,598 @@
+"""The durable side of one image: superblock, tree, journal and slots; commit and checkpoint.
+
+It knows committed blocks only; what is dirty is `image.py`'s. Everything that changes the file
+is in here, in the orders of FORMAT.md 8, and comes one operation at a time. Long operations are
+steps (`steps.py`): what they yield runs in a worker and touches, of the state shared with the
+owner's thread, only what no owner code changes while an exclusive operation is under way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from sealfs.errors import BlockDamaged, IntegrityError, StorageFailed
+from sealfs.image.allocator import Allocator
+from sealfs.image.cipher import (
+    TAG_SIZE,
+    BlockCipher,
+    EpochTable,
+    Subkeys,
+    TreeMacs,
+    epochs_of,
+    mac_of,
+    same_mac,
+)
+from sealfs.image.format import (
+    ANCHOR_COUNT,
+    HOLE,
+    SUPERBLOCK_SIZE,
+    Anchor,
+    Record,
+    Superblock,
+    encode_table,
+    head_pages_of,
+)
+from sealfs.image.journal import Journal, Tail, encode_record
+from sealfs.image.layout import (
+    BLOCK_SIZE,
+    ENTRY_SIZE,
+    Geometry,
+    block_count_of,
+    group_runs,
+    runs_of,
+)
+from sealfs.image.plan import Buffer, PlanStep, Step, WritePlan
+from sealfs.image.steps import Steps
+from sealfs.image.storage import Storage, execute
+from sealfs.image.tree import EMPTY_LEAF, LEAVES_MAX, NO_SLOT, Tree
+
+RECORD_BLOCKS_MAX = 2048
+"""Blocks sealed for one record: 8 MiB, what a commit holds in memory beside the cache."""
+
+_SPACE_PARTS = 8
+"""A slot's space is reserved in eighths (64 KiB): one bit each in a byte for the slot."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one record is to say; blocks are indexes on the VM's disk, ascending.
+
+    A block stands in at most one of `full_groups`, `direct` and `inline`.
+    """
+
+    size: int
+    barrier: bool = True
+    full_groups: list[tuple[int, int]] = field(default_factory=list)
+    """(group, free slot): all its blocks are given."""
+    allocs: list[tuple[int, int]] = field(default_factory=list)
+    direct: list[int] = field(default_factory=list)
+    inline: list[int] = field(default_factory=list)
+    holes: list[tuple[int, int]] = field(default_factory=list)
+
+    def page_count(self) -> int:
+        """Pages of the record."""
+        head = head_pages_of(len(self.allocs), len(self.full_groups), len(self.direct),
+                             len(self.inline), len(self.holes))  # fmt: skip
+        return head + len(self.inline)
+
+
+@dataclass(slots=True)
+class Written:
+    """A durable record that memory does not know yet."""
+
+    record: Record
+    mac: bytes
+    payload: memoryview
+    leaves: dict[int, bytes]
+
+
+class Volume:
+    """The state that the live superblock and the records after it describe."""
+
+    def __init__(
+        self, storage: Storage, *, superblock: Superblock, live_copy: int, live_raw: bytes,
+        keys: Subkeys, macs: TreeMacs, cipher: BlockCipher, table: EpochTable, tree: Tree,
+        random: Callable[[int], bytes], record_roots: bool,
+    ) -> None:  # fmt: skip
+        self.storage = storage
+        self.path = storage.path
+        self.geometry: Geometry = superblock.geometry
+        self.superblock = superblock
+        self.cipher = cipher
+        self.table = table
+        self.tree = tree
+        self.size = superblock.size
+        """Committed size of the disk."""
+        self.journal = Journal(
+            self.geometry.journal_pages,
+            Tail(superblock.tail_page, superblock.tail_sequence, superblock.tail_mac),
+        )
+        slot_count = self.geometry.slot_count_of(storage.size())
+        self.allocator = Allocator(slot_count, self.geometry.chunk_nodes)
+        self.inline: dict[int, int] = {}
+        """Block to file offset of its newest inline payload, where that is not home yet."""
+        self.keep_space: Callable[[int], bool] = lambda group: False
+        """Whether the space of a group's holes is about to be used: they are not punched now."""
+        self._live_copy = live_copy
+        self._live_raw = live_raw
+        self._keys = keys
+        self._macs = macs
+        self._random = random
+        self._record_roots = record_roots
+        self._file_slots = slot_count
+        self._space = bytearray(slot_count)
+        self._punches: list[tuple[int, int, int]] = []
+        self._discarded: set[int] = set()
+        self._cut = False
+        self._cutting = False
+        self._punching: set[int] = set()
+        self.leaving: set[int] = set()
+        """Groups that the record being written takes the slot from."""
+
+    # -- space (FORMAT.md 8.4: ENOSPC belongs to the write that needs the space)
+
+    def reserve(self, slot: int, index: int, count: int) -> None:
+        """Have space in the file system for blocks of a slot, and for its leaf pages.
+
+        Raises:
+            NoSpace: there is none.
+        """
+        if slot >= len(self._space):
+            self._space.extend(bytes(slot + 1 - len(self._space)))
+        part = max(1, self.geometry.group_blocks // _SPACE_PARTS)
+        first, last = index // part, (index + count - 1) // part
+        wanted = (1 << last + 1) - (1 << first)
+        have = self._space[slot]
+        if wanted & ~have == 0:
+            return
+        start = self.geometry.block_offset(slot, first * part)
+        end = self.geometry.block_offset(slot, min((last + 1) * part, self.geometry.group_blocks))
+        if not have:
+            if first == 0:
+                start = self.geometry.slot_offset(slot)
+            else:
+                self.storage.allocate(self.geometry.slot_offset(slot), 2 * BLOCK_SIZE)
+        self.storage.allocate(start, end - start)
+        self._space[slot] = have | wanted
+
+    def is_reclaiming(self, group: int) -> bool:
+        """Whether space of a group is being given back: no write may reserve it now."""
+        return self._cutting or group in self._punching or group in self.leaving
+
+    def reserve_nodes(self, count: int) -> None:
+        """Have room, on the disk, for that many new node pages at the next checkpoint.
+
+        Raises:
+            NoSpace: there is none.
+        """
+        while self.allocator.free_node_count < count:
+            slot = self.allocator.take()
+            try:
+                self.reserve(slot, 0, self.geometry.group_blocks)
+            except BaseException:
+                self.allocator.put_back(slot)
+                raise
+            self.allocator.add_chunk(slot)
+
+    # -- leaves
+
+    def read_leaf(self, group: int, source: tuple[int, int, bytes]) -> tuple[bytes, int]:
+        """Read and verify a leaf page; any thread. Return (page, place).
+
+        Raises:
+            BlockDamaged: neither place holds the page with that MAC.
+        """
+        slot, hint, mac = source
+        for place in (hint & 1, 1 - (hint & 1)):
+            page = self.storage.read(self.geometry.leaf_offset(slot, place), BLOCK_SIZE)
+            if self.tree.verify_leaf(group, page, mac):
+                return page, place
+        raise BlockDamaged(
+            self.path,
+            group * self.geometry.group_blocks,
+            f"and the {self.geometry.group_blocks - 1} after it cannot be verified: leaf page of"
+            f" group {group} (slot {slot}) does not authenticate",
+        )
+
+    def leaf(self, group: int) -> bytearray:
+        """Return a group's leaf page, loading it now if need be (waits for the disk)."""
+        leaf = self.tree.leaf(group)
+        while leaf is None:
+            source = self.tree.leaf_source(group)
+            page, place = self.read_leaf(group, source)
+            leaf = self.tree.admit_leaf(group, page, place, source[2])
+        return leaf
+
+    # -- applying records
+
+    def apply(self, record: Record, leaves: dict[int, bytes] | None = None) -> None:
+        """Apply a durable record to memory in body order (FORMAT.md 7).
+
+        Args:
+            record: the record.
+            leaves: leaf pages of its GROUP operations; None in recovery, where they are on the
+                disk, and where slots are yet to be marked busy.
+        """
+        for group, slot in record.allocs:
+            if self.tree.slot_of(group) != NO_SLOT:
+                raise IntegrityError(self.path, f"record {record.sequence}: ALLOC of a live group")
+            self.allocator.occupy(slot)
+            self.tree.put_group(group, slot, EMPTY_LEAF, None)
+        for group, slot, mac in record.groups:
+            self.allocator.occupy(slot)
+            if leaves is None:
+                old = self.tree.put_sealed_group(group, slot, mac)
+            else:
+                old = self.tree.put_group(group, slot, leaves[group], mac)
+            if old != NO_SLOT:
+                self.allocator.free(old)
+            self._forget_inline(group * self.geometry.group_blocks, self.geometry.group_blocks)
+        self._set_entries(record.direct_blocks, record.direct_entries)
+        self._set_entries(record.inline_blocks, record.inline_entries)
+        if record.size < self.size:
+            first = block_count_of(record.size)
+            self._make_holes(first, self.geometry.size_max // BLOCK_SIZE - first)
+            self._cut = True
+        self.size = record.size
+        for first, count in record.holes:
+            self._make_holes(first, count)
+
+    def _set_entries(self, blocks: Sequence[int], entries: bytes) -> None:
+        group_blocks = self.geometry.group_blocks
+        for i, block in enumerate(blocks):
+            group, index = divmod(block, group_blocks)
+            if self.tree.leaf(group) is None:
+                self.leaf(group)
+            self.tree.set_entries(group, index, entries[i * ENTRY_SIZE : (i + 1) * ENTRY_SIZE])
+        if self.inline:
+            for block in blocks:
+                self.inline.pop(block, None)
+
+    def _make_holes(self, first: int, count: int) -> None:
+        for group, index, part in self.live_parts(first, count):
+            if part == self.geometry.group_blocks:
+                self._give_up(group)
+                continue
+            self.leaf(group)
+            self.tree.set_entries(group, index, HOLE * part)
+            self._punches.append((group, index, part))
+        self._forget_inline(first, count)
+
+    def live_parts(self, first: int, count: int) -> list[tuple[int, int, int]]:
+        """Return the parts of a run of blocks that lie in groups with a slot."""
+        group_blocks = self.geometry.group_blocks
+        end = first + count
+        parts = []
+        for group in self.tree.groups(first // group_blocks):
+            start = max(first, group * group_blocks)
+            stop = min(end, (group + 1) * group_blocks)
+            if start >= stop:
+                break
+            parts.append((group, start % group_blocks, stop - start))
+        return parts
+
+    def _give_up(self, group: int) -> None:
+        slot = self.tree.drop_group(group)
+        self.allocator.free(slot)
+        self._discarded.add(slot)
+        self._forget_inline(group * self.geometry.group_blocks, self.geometry.group_blocks)
+
+    def _forget_inline(self, first: int, count: int) -> None:
+        if self.inline:
+            for block in [b for b in self.inline if first <= b < first + count]:
+                del self.inline[block]
+
+    # -- commit (FORMAT.md 8.2)
+
+    def commit_steps(self, batch: Batch, content: Callable[[int], Buffer]) -> Steps[None]:
+        """Make a batch durable with one record, apply it, and write inline blocks home.
+
+        Args:
+            batch: what to say; its slots are reserved.
+            content: the BLOCK_SIZE bytes of a block of the batch; called in a worker.
+        """
+        if self.cipher.is_spent:
+            yield from self.checkpoint_steps(new_epoch=True)
+        page = self.journal.place(batch.page_count())
+        if page is None or self.tree.changed_leaf_count > LEAVES_MAX:
+            yield from self.checkpoint_steps()
+            page = self.journal.place(batch.page_count())
+        assert page is not None, "a record is at most half the journal"
+        start = page
+        if self._record_roots:
+            yield from self._commit_with_root(batch, content, start)
+            return
+        # Crash until the record is durable: nothing happened. After it: recovery applies it.
+        written: Written = yield lambda: self._write(batch, content, start)
+        self.apply(written.record, written.leaves)
+        self.journal.advance(written.record, written.mac)
+        yield lambda: self._write_home(written.record, written.payload)
+
+    def _commit_with_root(
+        self, batch: Batch, content: Callable[[int], Buffer], page: int
+    ) -> Steps[None]:
+        """As the other half of `commit_steps`, with the root in the record (test builds).
+
+        Memory is changed before the record is durable; a failure poisons the image anyway.
+        """
+
+        def seal_apply_write() -> Written:
+            written, plan = self._seal(batch, content, page)
+            self.apply(written.record, written.leaves)
+            written.record.root_mac = self.tree.refresh(self.size)
+            return self._log(written, plan)
+
+        written: Written = yield seal_apply_write
+        self.journal.advance(written.record, written.mac)
+        yield lambda: self._write_home(written.record, written.payload)
+
+    def _write(self, batch: Batch, content: Callable[[int], Buffer], page: int) -> Written:
+        return self._log(*self._seal(batch, content, page))
+
+    def _seal(
+        self, batch: Batch, content: Callable[[int], Buffer], page: int
+    ) -> tuple[Written, WritePlan]:
+        """Seal a batch; return its record and the plan of its direct data."""
+        geometry = self.geometry
+        plan: WritePlan = []
+        groups: list[tuple[int, int, bytes]] = []
+        leaves: dict[int, bytes] = {}
+        slots = [slot for _, slot in batch.full_groups + batch.allocs]
+        plan.extend(self._extend_plan(slots))
+        for group, slot in batch.full_groups:
+            buffer = bytearray(geometry.slot_size + TAG_SIZE)
+            view = memoryview(buffer)
+            first = group * geometry.group_blocks
+            blocks = range(first, first + geometry.group_blocks)
+            entries = self.cipher.seal_blocks(
+                blocks, [content(block) for block in blocks], view[2 * BLOCK_SIZE :]
+            )
+            leaf = entries.ljust(BLOCK_SIZE, b"\0")
+            view[:BLOCK_SIZE] = leaf
+            whole: Buffer = view[: geometry.slot_size]
+            plan.append((Step.WRITE, geometry.slot_offset(slot), [whole]))
+            groups.append((group, slot, self._macs.leaf(group, leaf)))
+            leaves[group] = leaf
+        direct, direct_entries = self._seal_run(batch.direct, content)
+        new_slots = dict(batch.allocs)
+        plan.extend(self._home_writes(batch.direct, direct, new_slots))
+        payload, inline_entries = self._seal_run(batch.inline, content)
+        record = Record(
+            uuid=self.superblock.uuid,
+            sequence=self.journal.tail.sequence + 1,
+            epoch=self.cipher.epoch,
+            page=page,
+            previous_mac=self.journal.tail.mac,
+            size=batch.size,
+            barrier=batch.barrier,
+            root_mac=bytes(24) if self._record_roots else None,
+            allocs=batch.allocs,
+            groups=groups,
+            direct_blocks=batch.direct,
+            direct_entries=direct_entries,
+            inline_blocks=batch.inline,
+            inline_entries=inline_entries,
+            holes=batch.holes,
+        )
+        return Written(record, b"", payload, leaves), plan
+
+    def _log(self, written: Written, plan: WritePlan) -> Written:
+        record = written.record
+        head, written.mac = encode_record(record, self._keys.journal)
+        if plan:
+            plan.append((Step.SYNC,))
+        # Crash here: direct data lies where nothing durable points to; it is not there.
+        offset = self.geometry.journal_page_offset(record.page)
+        whole: list[Buffer] = [head, written.payload]
+        plan.append((Step.DURABLE, offset, whole))
+        execute(self.storage, plan)
+        # Crash here: the record is durable, inline blocks are old at home; recovery writes them.
+        return written
+
+    def _write_home(self, record: Record, payload: memoryview) -> None:
+        execute(self.storage, self._home_writes(record.inline_blocks, payload, {}))
+
+    def _seal_run(
+        self, blocks: list[int], content: Callable[[int], Buffer]
+    ) -> tuple[memoryview, bytes]:
+        view = memoryview(bytearray(len(blocks) * BLOCK_SIZE + TAG_SIZE))
+        entries = self.cipher.seal_blocks(blocks, [content(block) for block in blocks], view)
+        return view[: len(blocks) * BLOCK_SIZE], entries
+
+    def _home_writes(
+        self, blocks: list[int], sealed: memoryview, new_slots: dict[int, int]
+    ) -> list[PlanStep]:
+        """Return the writes that bring sealed blocks to their places."""
+        plan: list[PlanStep] = []
+        at = 0
+        for first, count in runs_of(blocks):
+            for group, index, part in group_runs(first, count, self.geometry.group_blocks):
+                slot = new_slots.get(group, NO_SLOT)
+                if slot == NO_SLOT:
+                    slot = self.tree.slot_of(group)
+                piece: Buffer = sealed[at : at + part * BLOCK_SIZE]
+                plan.append((Step.WRITE, self.geometry.block_offset(slot, index), [piece]))
+                at += part * BLOCK_SIZE
+        return plan
+
+    def _extend_plan(self, slots: Sequence[int]) -> WritePlan:
+        """Return the step that makes the file long enough for these slots."""
+        needed = max(slots, default=-1) + 1
+        if needed <= self._file_slots:
+            return []
+        step = max(1, self.geometry.group_blocks // 8)  # few changes of the length
+        self._file_slots = -(-needed // step) * step
+        return [(Step.TRUNCATE, self.geometry.slot_offset(self._file_slots))]
+
+    def length_plan(self) -> WritePlan:
+        """Return the step that gives the file the length its busy slots call for."""
+        return self._extend_plan([self.allocator.slot_count - 1])
+
+    # -- checkpoint (FORMAT.md 8.3)
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        """Whether the live superblock is behind."""
+        return self.journal.used_pages > 0 or self.tree.is_changed
+
+    def checkpoint_steps(self, *, new_epoch: bool = False, clean: bool = False) -> Steps[None]:
+        """Bring tree and superblock up to date and free the journal.
+
+        Args:
+            new_epoch: draw one and seal under it from now on.
+            clean: the image is being closed in order.
+        """
+        self.reserve_nodes(self.tree.unplaced_nodes_max())
+        superblock, raw = yield lambda: self._write_checkpoint(new_epoch, clean)
+        self.superblock, self._live_raw = superblock, raw
+        self._live_copy = 1 - self._live_copy
+        if new_epoch:
+            self.cipher.begin_epoch(self.table.rows[-1])
+        # Step 6: the superblock is durable, so what only older states name is free now.
+        self.journal.release()
+        yield from self._reclaim_steps()
+
+    def _write_checkpoint(self, new_epoch: bool, clean: bool) -> tuple[Superblock, bytes]:
+        old = self.superblock
+        # Steps 1 and 2: inline blocks were written home by their commits; make them durable.
+        self.storage.sync()
+        if new_epoch:
+            if self.table.is_nearly_full:
+                self.compact_table()
+            self.table.draw(old.key_generation, self._random)
+        root_mac = self.tree.refresh(self.size)
+        for slot, position in self.tree.gone_nodes:
+            self.allocator.free_node(slot, position)
+        self.tree.gone_nodes.clear()
+        pages = self.tree.take_changes(self.allocator.take_node)
+        plan = self._extend_plan(list(self.tree.chunks()))
+        plan.extend((Step.WRITE, offset, [page]) for offset, page in sorted(pages))
+        plan.extend(self._table_plan())
+        # Crash until here: the old superblock's pages are all untouched; replay again.
+        plan.append((Step.SYNC,))
+        tail = self.journal.tail
+        rows = encode_table(self.table.rows)
+        top = self.tree.top
+        anchor = Anchor(tail.sequence, tail.mac[:16])
+        anchors = old.anchors
+        if tail.sequence and (not anchors or anchors[0] != anchor):
+            anchors = (anchor, *anchors)[:ANCHOR_COUNT]
+        superblock = replace(
+            old,
+            generation=old.generation + 1,
+            size=self.size,
+            root_mac=root_mac,
+            root_slot=top.slot,
+            root_position=top.position,
+            root_place=top.place,
+            tail_page=tail.page,
+            tail_sequence=tail.sequence,
+            tail_mac=tail.mac,
+            epoch_count=len(self.table.rows),
+            table_digest=hashlib.sha256(rows).digest(),
+            clean=clean,
+            anchors=anchors,
+        )
+        raw = encode_superblock(superblock, self._keys)
+        execute(self.storage, plan)
+        self._fence()
+        page = raw.ljust(BLOCK_SIZE, b"\0")
+        offset = self.geometry.superblock_offset(1 - self._live_copy)
+        # Crash here: wholly old or wholly new superblock; both describe the same blocks.
+        execute(self.storage, [(Step.DURABLE, offset, [page])])
+        return superblock, raw
+
+    def _table_plan(self) -> WritePlan:
+        """Bring the copy of the epoch table that is not live up to date, where it differs."""
+        offset = self.geometry.table_offset(1 - self._live_copy)
+        rows = encode_table(self.table.rows)
+        padded = rows.ljust(-(-len(rows) // BLOCK_SIZE) * BLOCK_SIZE, b"\0")
+        there = self.storage.read(offset, len(padded))
+        return [
+            (Step.WRITE, offset + at, [padded[at : at + BLOCK_SIZE]])
+            for at in range(0, len(padded), BLOCK_SIZE)
+            if padded[at : at + BLOCK_SIZE] != there[at : at + BLOCK_SIZE]
+        ]
+
+    def _fence(self) -> None:
+        """Stop when somebody else has written a superblock since (FORMAT.md 4.1)."""
+        read = self.storage.read_direct
+        live = read(self.geometry.superblock_offset(self._live_copy), BLOCK_SIZE)
+        other = read(self.geometry.superblock_offset(1 - self._live_copy), BLOCK_SIZE)
+        newer = int.from_bytes(other[32:40], "little") > self.superblock.generation
+        if live[:SUPERBLOCK_SIZE] != self._live_raw or (
+            newer and superblock_is_authentic(other[:SUPERBLOCK_SIZE], self._keys)
+        ):
+            raise StorageFailed(
+                self.path, "somebody else has opened and written this image meanwhile"
+            )
+
+    def compact_table(self) -> None:
+        """Drop the rows of the epoch table that no entry names; reads every leaf page."""
+        epochs: set[int] = set()
+        for group in self.tree.groups():
+            leaf = self.tree.leaf(group)
+            try:
+                page = leaf or self.read_leaf(group, self.tree.leaf_source(group))[0]
+            except BlockDamaged:
+                return  # what the damaged page names is not known: keep every row
+            epochs |= epochs_of(page)
+        self.table.compact(epochs)
+
+    def _reclaim_steps(self) -> Steps[None]:
+        """Punch what became holes, cut the file after a shrink, free slots."""
+        geometry = self.geometry
+        plan: WritePlan = []
+        later: list[tuple[int, int, int]] = []
+        for group, index, count in self._punches:
+            slot = self.tree.slot_of(group)
+            if slot == NO_SLOT:
+                continue
+            if self.keep_space(group):
+                later.append((group, index, count))
+                continue
+            leaf = self.tree.leaf(group)
+            if leaf is None:
+                continue  # evicted: the space stays, which costs space and nothing else
+            entries = leaf[index * ENTRY_SIZE : (index + count) * ENTRY_SIZE]
+            holes = [i for i in range(count) if entries[i * ENTRY_SIZE + 28] == 0]
+            for first, run in runs_of(holes):
+                offset = geometry.block_offset(slot, index + first)
+                plan.append((Step.PUNCH, offset, run * BLOCK_SIZE))
+            self._forget_space(slot)
+            self._punching.add(group)
+        self._punches = later
+        released = self.allocator.freed()
+        for slot in self._discarded.intersection(released):
+            plan.append((Step.PUNCH, geometry.slot_offset(slot), geometry.slot_size))
+            self._forget_space(slot)
+        self._discarded.difference_update(released)
+        if plan:
+            yield lambda: execute(self.storage, plan)
+            self._punching.clear()
+        self.allocator.release()
+        if self._cut:
+            self._cut = False
+            self._file_slots = self.allocator.trim()
+            del self._space[self._file_slots :]
+            end = geometry.slot_offset(self._file_slots)
+            self._cutting = True  # space reserved past the end would go with it
+            yield lambda: execute(self.storage, [(Step.TRUNCATE, end)])
+            self._cutting = False
+
+    def _forget_space(self, slot: int) -> None:
+        if slot < len(self._space):
+            self._space[slot] = 0
+
+
+def encode_superblock(superblock: Superblock, keys: Subkeys) -> bytes:
+    """Return the 512 bytes with their MAC."""
+    body = superblock.encode()
+    return body + mac_of(keys.superblock, body)
+
+
+def superblock_is_authentic(raw: bytes, keys: Subkeys) -> bool:
+    """Whether the MAC of 512 bytes is right."""
+    return len(raw) == SUPERBLOCK_SIZE and same_mac(mac_of(keys.superblock, raw[:-32]), raw[-32:])
