@@ -942,8 +942,12 @@ class SealedImage:
         while at < len(view):
             # Pieces end on block borders, so that only the edges are merged.
             stop = min(len(view), (offset + at + limit) // BLOCK_SIZE * BLOCK_SIZE - offset)
-            while not run(self.write_steps(offset + at, view[at:stop])):
+            for _ in range(READ_ATTEMPTS_MAX):
+                if run(self.write_steps(offset + at, view[at:stop])):
+                    break
                 self.flush()
+            else:
+                raise AssertionError("a flushed cache takes a write")
             at = stop
 
     def flush(self) -> None:

@@ -571,7 +571,7 @@ class Volume:
         self._discarded.difference_update(released)
         if plan:
             yield lambda: execute(self.storage, plan)
-            self._punching.clear()
+        self._punching.clear()
         self.allocator.release()
         if self._cut:
             self._cut = False
