@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from sealfs.image.layout import BLOCK_SIZE
@@ -38,7 +39,8 @@ class BlockCache:
         self.clean_max = clean_max
         self.dirty_max = max(dirty_max, BLOCK_SIZE) // BLOCK_SIZE * BLOCK_SIZE
         self._clean_count_max = clean_max // BLOCK_SIZE
-        self._clean: dict[int, bytes] = {}
+        # Not a dict: taking the first item off one again and again walks over all that are gone.
+        self._clean: OrderedDict[int, bytes] = OrderedDict()
         self._slab: mmap.mmap | None = None
         self.view = memoryview(b"")
         self._free = list(range(self.dirty_max // BLOCK_SIZE - 1, -1, -1))
@@ -87,11 +89,11 @@ class BlockCache:
 
     def get_clean(self, key: int) -> bytes | None:
         """Return a clean block and remember that it was used."""
-        content = self._clean.pop(key, None)
+        content = self._clean.get(key)
         if content is None:
             self.misses += 1
             return None
-        self._clean[key] = content
+        self._clean.move_to_end(key)
         self.hits += 1
         return content
 
@@ -100,7 +102,7 @@ class BlockCache:
         clean = self._clean
         clean[key] = content
         if len(clean) > self._clean_count_max:
-            del clean[next(iter(clean))]
+            clean.popitem(last=False)
 
     def drop_clean(self, first: int, count: int) -> None:
         """Forget a run of clean blocks."""

@@ -278,16 +278,20 @@ class EpochTable:
         Raises:
             NoSpace: the table is full.
         """
+        self.check_room()
+        epoch = self.rows[-1].epoch + 1 if self.rows else 1
+        row = EpochRow(epoch, key_generation, random(32))
+        self.rows.append(row)
+        return row
+
+    def check_room(self) -> None:
+        """Raise NoSpace when no epoch can be drawn."""
         if len(self.rows) >= self.rows_max:
             raise NoSpace(
                 self._path,
                 f"the epoch table is full ({self.rows_max} rows): blocks of so many different"
                 " openings are in use that none can be dropped; export and import the image",
             )
-        epoch = self.rows[-1].epoch + 1 if self.rows else 1
-        row = EpochRow(epoch, key_generation, random(32))
-        self.rows.append(row)
-        return row
 
     def compact(self, in_use: set[int]) -> None:
         """Drop the rows that no entry names; the last one stays, it numbers the next."""

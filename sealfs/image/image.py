@@ -1,59 +1,44 @@
 """One sealed image as a disk: read, write, flush, discard, resize, at any offset and size.
 
-Dirty blocks are in the cache, committed ones in the volume; this module decides which of the two
-answers a read, what a commit takes, and when a write may be accepted.
+Bytes are turned into whole blocks here; what is dirty is in the cache, what is committed in the
+volume; `reader.py` reads from both, `committer.py` brings one to the other.
 
 Concurrency: one owner thread calls everything here. `try_read` and `try_write` never wait for the
 disk; whatever may wait is steps (`steps.py`). `read_steps` and `write_steps` may be under way in
 any number; of the *exclusive* operations (flush, checkpoint, discard, resize, preallocate, check,
-close) one at a time, and it is the caller who sees to that. A worker that reads looks at leaf
-entries while a commit may change them: what it finds may be outdated, but an outdated entry never
-opens the new ciphertext nor the other way round, so the read is repeated, never wrong.
+close) one at a time, and it is the caller who sees to that.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sealfs.errors import BlockDamaged, NoSpace, ReadOnly, StorageFailed, UsageError
+from sealfs.errors import NoSpace, ReadOnly, StorageFailed, UsageError
 from sealfs.image import check, recovery
 from sealfs.image.cache import BlockCache
-from sealfs.image.cipher import TAG_SIZE, SealHook
-from sealfs.image.format import HOLE, Identity
+from sealfs.image.cipher import SealHook
+from sealfs.image.committer import Committer
+from sealfs.image.format import Identity
 from sealfs.image.layout import (
     BLOCK_SIZE,
     ENTRY_SIZE,
     Geometry,
     block_count_of,
     group_runs,
-    runs_of,
 )
 from sealfs.image.plan import Buffer
+from sealfs.image.reader import ATTEMPTS_MAX, Reader
 from sealfs.image.steps import Steps, run
 from sealfs.image.storage import Storage
 from sealfs.image.tree import NO_SLOT
-from sealfs.image.volume import RECORD_BLOCKS_MAX, Batch, Volume
+from sealfs.image.volume import Volume
 
-SMALL_COMMIT_BLOCKS = 64
-"""Up to 256 KiB all goes inline: one device flush instead of two (FORMAT.md 8.1)."""
-
-CACHED_READ_BLOCKS_MAX = 16
-"""Longer reads leave no clean blocks behind: a scan would only push out what is used."""
-
-READ_ATTEMPTS_MAX = 16
-"""A read that meets a commit again and again gives up in the end, rather than spin."""
-
-HOLES_MAX = 4096
 PREALLOCATE_GROUPS = 64
-
-_ZERO_BLOCK = bytes(BLOCK_SIZE)
-
-Piece = tuple[int, int, int, int, int, bytes | None, tuple[int, int, bytes]]
-"""(position in the answer, group, index, count, slot, entries or None, leaf source)."""
+"""Groups that get their slots in one record."""
 
 
 class SealedImage:
@@ -74,17 +59,12 @@ class SealedImage:
         """time.monotonic() of the oldest write that no commit has taken."""
         self._volume = volume
         self._storage = volume.storage
-        self._cipher = volume.cipher
         self._tree = volume.tree
         self._geometry = volume.geometry
         self._cache = cache.attach()
-        self._version = 0
-        self._reserved: dict[int, int] = {}
-        self._new_nodes: set[int] = set()
-        self._scratch = bytearray(BLOCK_SIZE + TAG_SIZE)
-        self._scratch_view = memoryview(self._scratch)[:BLOCK_SIZE]
+        self._reader = Reader(volume, self._cache)
+        self._committer = Committer(volume, self._cache, self._reader)
         self._is_closed = False
-        volume.keep_space = self._is_dirty_group
 
     # -- making and opening
 
@@ -199,56 +179,19 @@ class SealedImage:
             BlockDamaged: a block does not authenticate.
         """
         if size == BLOCK_SIZE and not offset % BLOCK_SIZE and offset + size <= self.size:
-            return self._try_read_block(offset // BLOCK_SIZE)
+            return self._reader.try_block(offset // BLOCK_SIZE)
         end = min(offset + size, self.size)
         if end <= offset:
             return b""
         first = offset // BLOCK_SIZE
         count = (end - 1) // BLOCK_SIZE - first + 1
-        out = bytearray(count * BLOCK_SIZE)
-        view = memoryview(out)
-        for piece in self._resolve(first, count, view):
-            entries = piece[5]
-            if entries is None:
-                return None
-            try:
-                if not self._fetch(piece, entries, view, self._storage.read_nowait):
-                    return None
-            except BlockDamaged:
-                return None  # read_steps tells damage from a commit that came between
+        out = self._reader.try_blocks(first, count)
+        if out is None:
+            return None
         if not offset % BLOCK_SIZE and end - offset == len(out):
             return out
         start = offset - first * BLOCK_SIZE
-        return view[start : start + end - offset]
-
-    def _try_read_block(self, block: int) -> Buffer | None:
-        cache = self._cache
-        if cache.dirty or cache.committing:
-            newest = cache.newest(block)
-            if newest is not None:
-                return bytes(newest)
-        content = cache.get_clean(block)
-        if content is not None:
-            return content
-        group, index = divmod(block, self._geometry.group_blocks)
-        slot = self._tree.slot_of(group)
-        if slot == NO_SLOT:
-            return _ZERO_BLOCK
-        leaf = self._tree.leaf(group)
-        if leaf is None or self._volume.inline:
-            return None
-        entry = leaf[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE]
-        if entry == HOLE:
-            return _ZERO_BLOCK
-        offset = self._geometry.block_offset(slot, index)
-        if not self._storage.read_nowait(offset, self._scratch_view):
-            return None
-        try:
-            content = self._cipher.open_block(block, self._scratch, entry)
-        except BlockDamaged:
-            return None  # read_steps tells damage from a commit that came between
-        cache.put_clean(block, content)
-        return content
+        return memoryview(out)[start : start + end - offset]
 
     def read_steps(self, offset: int, size: int) -> Steps[Buffer]:
         """Return the bytes from `offset` on, fewer than `size` only at the end of the disk.
@@ -262,143 +205,10 @@ class SealedImage:
             return b""
         first = offset // BLOCK_SIZE
         count = (end - 1) // BLOCK_SIZE - first + 1
-        out = yield from self._read_blocks_steps(first, count)
+        out = yield from self._reader.blocks_steps(first, count)
         start = offset - first * BLOCK_SIZE
         result: Buffer = out[start : start + end - offset]
         return result
-
-    def _read_blocks_steps(self, first: int, count: int) -> Steps[memoryview]:
-        """Return whole blocks; on return they are what was there at some time since the call."""
-        view = memoryview(bytearray(count * BLOCK_SIZE))
-        for attempt in range(READ_ATTEMPTS_MAX):
-            version = self._version
-            pieces = list(self._resolve(first, count, view))
-            if not pieces:
-                return view
-            loaded: list[tuple[int, bytes, int, bytes]] = []
-            failure: BlockDamaged | None = None
-            try:
-                yield partial(self._fetch_all, pieces, loaded, view)
-            except BlockDamaged as exc:
-                failure = exc
-            for leaf in loaded:
-                self._tree.admit_leaf(*leaf)
-            if failure is None:
-                if count <= CACHED_READ_BLOCKS_MAX and version == self._version:
-                    for position, group, index, part, *_ in pieces:
-                        block = group * self._geometry.group_blocks + index
-                        for i in range(part):
-                            at = position + i * BLOCK_SIZE
-                            self._cache.put_clean(block + i, bytes(view[at : at + BLOCK_SIZE]))
-                return view
-            if all(self._is_current(piece) for piece in pieces) and attempt:
-                raise failure
-            view = memoryview(bytearray(count * BLOCK_SIZE))
-        assert failure is not None
-        raise failure
-
-    def _is_current(self, piece: Piece) -> bool:
-        """Whether a piece still describes what the tree says."""
-        _, group, index, count, slot, entries, source = piece
-        if self._tree.slot_of(group) != slot:
-            return False
-        leaf = self._tree.leaf(group)
-        if entries is None or leaf is None:
-            return self._tree.leaf_source(group)[2] == source[2]
-        return leaf[index * ENTRY_SIZE : (index + count) * ENTRY_SIZE] == entries
-
-    def _resolve(self, first: int, count: int, view: memoryview) -> Iterator[Piece]:
-        """Fill in what is in memory; yield the pieces that are to be read and opened."""
-        cache = self._cache
-        in_memory = bool(cache.dirty or cache.committing)
-        use_clean = count <= CACHED_READ_BLOCKS_MAX
-        for group, index, part in group_runs(first, count, self._geometry.group_blocks):
-            block = group * self._geometry.group_blocks + index
-            position = (block - first) * BLOCK_SIZE
-            if not (in_memory or use_clean):
-                yield from self._pieces(position, group, index, part)
-                continue
-            start = 0
-            for i in range(part):
-                content: Buffer | None = cache.newest(block + i) if in_memory else None
-                if content is None and use_clean:
-                    content = cache.get_clean(block + i)
-                if content is None:
-                    continue
-                at = position + i * BLOCK_SIZE
-                view[at : at + BLOCK_SIZE] = content
-                if i > start:
-                    yield from self._pieces(
-                        position + start * BLOCK_SIZE, group, index + start, i - start
-                    )
-                start = i + 1
-            if start < part:
-                yield from self._pieces(
-                    position + start * BLOCK_SIZE, group, index + start, part - start
-                )
-
-    def _pieces(self, position: int, group: int, index: int, count: int) -> Iterator[Piece]:
-        slot = self._tree.slot_of(group)
-        if slot == NO_SLOT:
-            return
-        source = self._tree.leaf_source(group)
-        leaf = self._tree.leaf(group)
-        entries = None
-        if leaf is not None:
-            entries = bytes(leaf[index * ENTRY_SIZE : (index + count) * ENTRY_SIZE])
-            if not any(entries[28::ENTRY_SIZE]):
-                return
-        yield (position, group, index, count, slot, entries, source)
-
-    def _fetch_all(
-        self, pieces: list[Piece], loaded: list[tuple[int, bytes, int, bytes]], view: memoryview
-    ) -> None:
-        """Read and open pieces, loading leaf pages as needed; runs in a worker."""
-        leaves: dict[int, bytes] = {}
-        for piece in pieces:
-            _, group, index, count, _, entries, source = piece
-            if entries is None:
-                if group not in leaves:
-                    page, place = self._volume.read_leaf(group, source)
-                    leaves[group] = page
-                    loaded.append((group, page, place, source[2]))
-                entries = leaves[group][index * ENTRY_SIZE : (index + count) * ENTRY_SIZE]
-            self._fetch(piece, entries, view, self._read_whole)
-
-    def _read_whole(self, offset: int, buffer: Buffer) -> bool:
-        self._storage.read_into(offset, buffer)  # what a cut-off file lacks does not open
-        return True
-
-    def _fetch(
-        self, piece: Piece, entries: bytes, view: memoryview,
-        read: Callable[[int, Buffer], bool],
-    ) -> bool:  # fmt: skip
-        """Read and open the present blocks of a piece; False where `read` would wait."""
-        position, group, index, count, slot, _, _ = piece
-        flags = entries[28::ENTRY_SIZE]
-        first = group * self._geometry.group_blocks + index
-        inline = self._volume.inline
-        if inline:
-            runs: Iterator[tuple[int, int]] = iter([(i, 1) for i in range(count) if flags[i]])
-        elif flags.count(1) == count:
-            runs = iter([(0, count)])
-        else:
-            runs = runs_of([i for i in range(count) if flags[i]])
-        for start, length in runs:
-            sealed = memoryview(bytearray(length * BLOCK_SIZE + TAG_SIZE))
-            offset = self._geometry.block_offset(slot, index + start)
-            if inline:
-                offset = inline.get(first + start, offset)
-            if not read(offset, sealed[: length * BLOCK_SIZE]):
-                return False
-            at = position + start * BLOCK_SIZE
-            self._cipher.open_blocks(
-                first + start,
-                sealed,
-                entries[start * ENTRY_SIZE : (start + length) * ENTRY_SIZE],
-                view[at : at + length * BLOCK_SIZE],
-            )
-        return True
 
     # -- writing
 
@@ -436,10 +246,10 @@ class SealedImage:
         count = len(data) // BLOCK_SIZE
         if self._cache.missing(first, count) > self._cache.free_count:
             return False
-        if not self._reserve(first, count):
+        if not self._committer.reserve(first, count):
             return False
         self._cache.put(first, data)
-        self._version += 1
+        self._reader.version += 1
         if self.oldest_dirty is None:
             self.oldest_dirty = time.monotonic()
         return True
@@ -478,17 +288,17 @@ class SealedImage:
             does not authenticate.
         """
         end = offset + len(data)
-        for _ in range(READ_ATTEMPTS_MAX):
+        for _ in range(ATTEMPTS_MAX):
             if self.try_write(offset, data):
                 return True
             first, last = offset // BLOCK_SIZE, (end - 1) // BLOCK_SIZE
             count = last - first + 1
             if self._cache.missing(first, count) > self._cache.free_count:
                 return False
-            yield from self._load_leaves_steps(self._unknown_groups(first, count))
+            yield from self._reader.load_leaves_steps(self._unknown_groups(first, count))
             for block, is_edge in ((first, offset % BLOCK_SIZE), (last, end % BLOCK_SIZE)):
                 if is_edge and block * BLOCK_SIZE < self.size:
-                    yield from self._read_blocks_steps(block, 1)
+                    yield from self._reader.blocks_steps(block, 1)
         return False
 
     def _unknown_groups(self, first: int, count: int) -> list[int]:
@@ -504,42 +314,6 @@ class SealedImage:
             and self._tree.leaf(group) is None
         ]
 
-    def _load_leaves_steps(self, groups: list[int]) -> Steps[None]:
-        for group in groups:
-            if self._tree.slot_of(group) == NO_SLOT or self._tree.leaf(group) is not None:
-                continue
-            source = self._tree.leaf_source(group)
-            page, place = yield partial(self._volume.read_leaf, group, source)
-            self._tree.admit_leaf(group, page, place, source[2])
-
-    def _reserve(self, first: int, count: int) -> bool:
-        """Reserve the space that committing these blocks will take; False when it must wait."""
-        volume, tree = self._volume, self._tree
-        if volume.cipher.is_spent and len(volume.table.rows) >= volume.table.rows_max:
-            volume.table.draw(1, os.urandom)  # raises NoSpace, with its reason
-        for group, index, part in group_runs(first, count, self._geometry.group_blocks):
-            if volume.is_reclaiming(group):
-                return False
-            slot = tree.slot_of(group)
-            if slot == NO_SLOT:
-                slot = self._reserved.get(group, NO_SLOT)
-                if slot == NO_SLOT:
-                    slot = self._reserve_slot(group)
-            elif part < self._geometry.group_blocks and tree.leaf(group) is None:
-                return False
-            volume.reserve(slot, index, part)
-        return True
-
-    def _reserve_slot(self, group: int) -> int:
-        volume = self._volume
-        index = group // self._geometry.fanout
-        node = self._tree.nodes[1].get(index)
-        if node is None or node.slot == NO_SLOT:
-            self._new_nodes.add(index)
-            volume.reserve_nodes(len(self._new_nodes) * self._geometry.depth)
-        slot = self._reserved[group] = volume.allocator.take()
-        return slot
-
     def _check_writable(self) -> None:
         if self.read_only:
             raise ReadOnly(self.path, "is open for reading only")
@@ -547,12 +321,6 @@ class SealedImage:
             raise StorageFailed(
                 self.path, f"takes no writes until it is opened again: {self.poisoned}"
             )
-
-    def _is_dirty_group(self, group: int) -> bool:
-        first = group * self._geometry.group_blocks
-        blocks = range(first, first + self._geometry.group_blocks)
-        cache = self._cache
-        return any(b in cache.dirty or b in cache.committing for b in blocks)
 
     # -- exclusive operations
 
@@ -575,115 +343,19 @@ class SealedImage:
         self._check_flushable()
         if not self.is_dirty:
             return
-        yield from self._guarded(self._commit_dirty_steps())
+        self.oldest_dirty = None
+        yield from self._guarded(self._committer.commit_dirty_steps(self.size))
 
     def _check_flushable(self) -> None:
         if not self.read_only:
             self._check_writable()
-
-    def _commit_dirty_steps(self) -> Steps[None]:
-        size, self.oldest_dirty = self.size, None
-        cache = self._cache
-        cache.begin_commit()
-        blocks = sorted(cache.committing)
-        if not blocks:
-            yield from self._volume.commit_steps(Batch(size=size), self._content)
-        is_small = len(blocks) <= SMALL_COMMIT_BLOCKS
-        groups: dict[int, list[int]] = {}
-        for block in blocks:
-            groups.setdefault(block // self._geometry.group_blocks, []).append(block)
-        yield from self._load_leaves_steps(
-            [g for g, members in groups.items() if len(members) < self._geometry.group_blocks]
-        )
-        # The first record carries a new size: a block beyond the end that became durable before
-        # the size did would come back from the dead when the disk grows over it.
-        batch, members_count = Batch(size=size), 0
-        for group, members in groups.items():
-            trial = self._widen(batch, group, members, is_small)
-            if members_count and (
-                members_count + len(members) > RECORD_BLOCKS_MAX
-                or trial > self._volume.journal.record_pages_max
-            ):
-                yield from self._commit_batch_steps(batch)
-                batch, members_count = Batch(size=size), 0
-            self._add(batch, group, members, is_small)
-            members_count += len(members)
-        if members_count:
-            yield from self._commit_batch_steps(batch)
-        self._drop_unused_slots()
-
-    def _content(self, block: int) -> memoryview:
-        return self._cache.frame(self._cache.committing[block])
-
-    def _commit_batch_steps(self, batch: Batch) -> Steps[None]:
-        yield from self._volume.commit_steps(batch, self._content)
-        done = [*batch.direct, *batch.inline]
-        for group, _ in batch.full_groups:
-            first = group * self._geometry.group_blocks
-            done.extend(range(first, first + self._geometry.group_blocks))
-        # Home is written now: from here on reads go to the disk.
-        self._cache.finish(done)
-
-    def _widen(self, batch: Batch, group: int, members: list[int], is_small: bool) -> int:
-        """Return the pages of the record if this group's blocks all went inline."""
-        inline = 0 if self._is_whole(members) and not is_small else len(members)
-        trial = Batch(
-            size=batch.size,
-            full_groups=[*batch.full_groups, (group, 0)],
-            allocs=[*batch.allocs, (group, 0)],
-            direct=[*batch.direct, *members],
-            inline=[0] * (len(batch.inline) + inline),
-        )
-        return trial.page_count()
-
-    def _is_whole(self, members: list[int]) -> bool:
-        return len(members) == self._geometry.group_blocks
-
-    def _add(self, batch: Batch, group: int, members: list[int], is_small: bool) -> None:
-        """Decide how a group's dirty blocks are written (FORMAT.md 8.1)."""
-        reserved = self._reserved.pop(group, NO_SLOT)
-        live = self._tree.slot_of(group) != NO_SLOT
-        if self._is_whole(members) and (not is_small or self._tree.leaf(group) is None):
-            slot = reserved if reserved != NO_SLOT else self._take_whole_slot()
-            if slot != NO_SLOT:
-                batch.full_groups.append((group, slot))
-                return
-        if not live:
-            batch.allocs.append((group, reserved))
-            (batch.inline if is_small else batch.direct).extend(members)
-            return
-        leaf = self._volume.leaf(group)
-        for block in members:
-            at = block % self._geometry.group_blocks * ENTRY_SIZE
-            # A hole has no old copy to lose; a live block goes through the journal.
-            is_direct = not is_small and leaf[at + 28] == 0
-            (batch.direct if is_direct else batch.inline).append(block)
-
-    def _take_whole_slot(self) -> int:
-        """Take a slot to move a group to; NO_SLOT where the storage has no room for that."""
-        slot = self._volume.allocator.take()
-        try:
-            self._volume.reserve(slot, 0, self._geometry.group_blocks)
-        except NoSpace:
-            self._volume.allocator.put_back(slot)
-            return NO_SLOT
-        return slot
-
-    def _drop_unused_slots(self) -> None:
-        """Put back slots reserved for writes that were discarded before their commit."""
-        for group in [g for g in self._reserved if not self._is_dirty_group(g)]:
-            self._volume.allocator.put_back(self._reserved.pop(group))
-        fanout = self._geometry.fanout
-        self._new_nodes &= {g // fanout for g in self._reserved} | {
-            i for i in self._new_nodes if i in self._tree.nodes[1]
-        }
 
     def checkpoint_steps(self) -> Steps[None]:
         """Write the tree, free the journal, punch what was discarded, exclusive."""
         self._check_flushable()
         if self.needs_checkpoint:
             yield from self._guarded(self._volume.checkpoint_steps())
-            self._drop_unused_slots()
+            self._committer.drop_unused_slots()
 
     def discard_steps(self, offset: int, size: int) -> Steps[None]:
         """Make a range read as zeros and give its space back; durable on return, exclusive.
@@ -707,8 +379,10 @@ class SealedImage:
             yield from self._zero_steps(last * BLOCK_SIZE, end)
         # Aligned body
         if last > first:
-            yield from self._load_leaves_steps(self._partial_groups(first, last - first))
-            yield from self._guarded(self._discard_blocks_steps(first, last - first))
+            yield from self._reader.load_leaves_steps(
+                self._committer.partial_groups(first, last - first)
+            )
+            yield from self._guarded(self._committer.discard_steps(first, last - first))
         if self.is_dirty:
             yield from self.flush_steps()
 
@@ -716,53 +390,6 @@ class SealedImage:
         zeros = bytes(end - offset)
         while not (yield from self.write_steps(offset, zeros)):
             yield from self.flush_steps()
-
-    def _partial_groups(self, first: int, count: int) -> list[int]:
-        whole = self._geometry.group_blocks
-        return [g for g, _, part in self._volume.live_parts(first, count) if part < whole]
-
-    def _discard_blocks_steps(self, first: int, count: int) -> Steps[None]:
-        self._version += 1
-        self._cache.discard(first, count)
-        holes = self._holes_in(first, count)
-        # From here to the record a write into these groups waits: its slot is about to go.
-        whole = self._geometry.group_blocks
-        self._volume.leaving = {
-            group for run in holes for group, _, part in group_runs(*run, whole) if part == whole
-        }
-        for at in range(0, len(holes), self._holes_max):
-            batch = Batch(size=self._volume.size, holes=holes[at : at + self._holes_max])
-            yield from self._volume.commit_steps(batch, self._content)
-        self._volume.leaving = set()
-        self._drop_unused_slots()
-
-    def _holes_in(self, first: int, count: int) -> list[tuple[int, int]]:
-        """Return the runs that a discard makes holes: what is live in it, groups it empties whole.
-
-        A run never joins parts of two groups, unless it covers both.
-        """
-        group_blocks = self._geometry.group_blocks
-        holes: list[tuple[int, int]] = []
-        for group, index, part in self._volume.live_parts(first, count):
-            start = group * group_blocks
-            if part < group_blocks:
-                leaf = self._volume.leaf(group)
-                at, end = index * ENTRY_SIZE, (index + part) * ENTRY_SIZE
-                if not any(leaf[at:end]):
-                    continue
-                if any(leaf[:at]) or any(leaf[end:]) or self._is_dirty_group(group):
-                    holes.append((start + index, part))
-                    continue
-            if holes and sum(holes[-1]) == start and not holes[-1][0] % group_blocks:
-                holes[-1] = (holes[-1][0], holes[-1][1] + group_blocks)
-            else:
-                holes.append((start, group_blocks))
-        return holes
-
-    @property
-    def _holes_max(self) -> int:
-        pages = self._volume.journal.record_pages_max
-        return min(HOLES_MAX, (pages * BLOCK_SIZE - 256) // 16)
 
     def resize_steps(self, size: int) -> Steps[None]:
         """Set the size of the disk; durable on return, exclusive.
@@ -782,35 +409,16 @@ class SealedImage:
             self.size = size
             yield from self.flush_steps()
             return
-        tail, kept = block_count_of(size), []
         if size % BLOCK_SIZE:
-            # Unaligned tail: its end becomes zero in the same record as the size.
-            kept = [tail - 1]
-            stop = min(tail * BLOCK_SIZE, self.size)
+            # Unaligned tail: it becomes zero in the same record as the size.
+            stop = min(block_count_of(size) * BLOCK_SIZE, self.size)
             yield from self._zero_steps(size, stop)
-        yield from self._load_leaves_steps(
-            self._partial_groups(tail, block_count_of(self._geometry.size_max) - tail)
-        )
-        yield from self._guarded(self._shrink_steps(size, tail, kept))
-
-    def _shrink_steps(self, size: int, tail: int, kept: list[int]) -> Steps[None]:
-        self._version += 1
+        tail, end = block_count_of(size), self._geometry.size_max // BLOCK_SIZE
+        yield from self._reader.load_leaves_steps(self._committer.partial_groups(tail, end - tail))
         self.size = size
-        end = block_count_of(self._geometry.size_max)
-        self._cache.discard(tail, end - tail)
-        whole = self._geometry.group_blocks
-        self._volume.leaving = {
-            group for group, _, part in self._volume.live_parts(tail, end - tail) if part == whole
-        }
-        batch = Batch(size=size)
-        self._cache.begin_commit([block for block in kept if block in self._cache.dirty])
-        for block in list(self._cache.committing):
-            self._add(batch, block // self._geometry.group_blocks, [block], is_small=True)
-        yield from self._commit_batch_steps(batch)
-        self._volume.leaving = set()
+        yield from self._guarded(self._committer.shrink_steps(size))
         if not self._cache.dirty:
             self.oldest_dirty = None
-        self._drop_unused_slots()
 
     def preallocate_steps(self, offset: int, size: int) -> Steps[None]:
         """Reserve slots and space for a range, so that writing it cannot fail for want of it.
@@ -830,29 +438,20 @@ class SealedImage:
             if slot != NO_SLOT:
                 yield partial(self._volume.reserve, slot, index, part)
                 continue
-            if group not in self._reserved:
-                self._reserve_slot(group)
-            slot = self._reserved[group]
+            if group not in self._committer.reserved:
+                self._committer.reserve_slot(group)
+            slot = self._committer.reserved[group]
             try:
                 yield partial(self._volume.reserve, slot, 0, group_blocks)
             except NoSpace:
-                self._drop_unused_slots()
+                self._committer.drop_unused_slots()
                 raise
             pending.append(group)
             if len(pending) >= PREALLOCATE_GROUPS:
-                yield from self._guarded(self._alloc_steps(pending))
+                yield from self._guarded(self._committer.alloc_steps(pending))
                 pending = []
         if pending:
-            yield from self._guarded(self._alloc_steps(pending))
-
-    def _alloc_steps(self, groups: list[int]) -> Steps[None]:
-        allocs = [
-            (group, self._reserved.pop(group))
-            for group in groups
-            if group in self._reserved and self._tree.slot_of(group) == NO_SLOT
-        ]
-        batch = Batch(size=self._volume.size, allocs=allocs)
-        yield from self._volume.commit_steps(batch, self._content)
+            yield from self._guarded(self._committer.alloc_steps(pending))
 
     def seek_steps(self, offset: int, whence: int) -> Steps[int | None]:
         """Return where data (SEEK_DATA) or a hole (SEEK_HOLE) begins from `offset` on.
@@ -868,12 +467,12 @@ class SealedImage:
         end = block_count_of(self.size)
         while block < end:
             group = block // group_blocks
-            if self._tree.slot_of(group) == NO_SLOT and not self._is_dirty_group(group):
+            if self._tree.slot_of(group) == NO_SLOT and not self._committer.is_dirty_group(group):
                 if not wants_data:
                     return max(offset, block * BLOCK_SIZE)
-                block = self._next_group(group) * group_blocks
+                block = self._committer.next_group(group) * group_blocks
                 continue
-            yield from self._load_leaves_steps([group])
+            yield from self._reader.load_leaves_steps([group])
             leaf = self._tree.leaf(group)
             stop = min(end, (group + 1) * group_blocks)
             for candidate in range(block, stop):
@@ -883,16 +482,6 @@ class SealedImage:
                     return max(offset, candidate * BLOCK_SIZE)
             block = stop
         return None if wants_data else self.size
-
-    def _next_group(self, group: int) -> int:
-        """Return the next group after a hole that holds something, or one beyond the end."""
-        beyond = self._geometry.group_count_max
-        found = next(self._tree.groups(group + 1), beyond)
-        group_blocks = self._geometry.group_blocks
-        for blocks in (self._cache.dirty, self._cache.committing):
-            found = min(found, min((b // group_blocks for b in blocks
-                                    if b // group_blocks > group), default=beyond))  # fmt: skip
-        return found
 
     def check_steps(self, *, data: bool) -> Steps[list[check.Finding]]:
         """Verify every leaf page and, with `data`, every block; return what is wrong.
@@ -942,7 +531,7 @@ class SealedImage:
         while at < len(view):
             # Pieces end on block borders, so that only the edges are merged.
             stop = min(len(view), (offset + at + limit) // BLOCK_SIZE * BLOCK_SIZE - offset)
-            for _ in range(READ_ATTEMPTS_MAX):
+            for _ in range(ATTEMPTS_MAX):
                 if run(self.write_steps(offset + at, view[at:stop])):
                     break
                 self.flush()

@@ -45,12 +45,8 @@ class Journal:
         self.page_count = page_count
         self.tail = tail
         """After the last record written."""
-        self._used: list[tuple[int, int]] = []
-
-    @property
-    def used_pages(self) -> int:
+        self.used_pages = 0
         """Pages that no checkpoint has freed yet."""
-        return sum(pages for _, pages in self._used)
 
     @property
     def record_pages_max(self) -> int:
@@ -69,13 +65,13 @@ class Journal:
     def advance(self, record: Record, mac: bytes) -> None:
         """Note that a record is durable."""
         gap = self.page_count - self.tail.page if record.page < self.tail.page else 0
-        self._used.append((record.sequence, gap + record.page_count))
+        self.used_pages += gap + record.page_count
         page = record.page + record.page_count
         self.tail = Tail(page, record.sequence, mac)
 
     def release(self) -> None:
         """Free what a durable superblock has made superfluous: every record there is."""
-        self._used.clear()
+        self.used_pages = 0
 
 
 def encode_record(record: Record, key: bytes) -> tuple[bytearray, bytes]:

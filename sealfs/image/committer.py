@@ -1,0 +1,276 @@
+"""Decide what a commit takes, how each block is written, and where its space comes from.
+
+Between the cache and the volume: space is reserved here when a write is accepted, and batches are
+made here when it is committed (FORMAT.md 8.1). The steps in here are exclusive: one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sealfs.errors import NoSpace
+from sealfs.image.cache import ImageCache
+from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, block_count_of, group_runs
+from sealfs.image.reader import Reader
+from sealfs.image.steps import Steps
+from sealfs.image.tree import NO_SLOT
+from sealfs.image.volume import RECORD_BLOCKS_MAX, Batch, Volume
+
+SMALL_COMMIT_BLOCKS = 64
+"""Up to 256 KiB all goes inline: one device flush instead of two (FORMAT.md 8.1)."""
+
+HOLES_MAX = 4096
+"""HOLE runs in one record: 64 KiB of it."""
+
+
+class Committer:
+    """Space and batches of one image."""
+
+    def __init__(self, volume: Volume, cache: ImageCache, reader: Reader) -> None:
+        self._volume = volume
+        self._tree = volume.tree
+        self._geometry = volume.geometry
+        self._cache = cache
+        self._reader = reader
+        self.reserved: dict[int, int] = {}
+        """Group to the slot its first blocks will get; nothing on the disk names it yet."""
+        self._new_nodes: set[int] = set()
+        volume.keep_space = self.is_dirty_group
+
+    # -- space
+
+    def reserve(self, first: int, count: int) -> bool:
+        """Reserve the space that committing these blocks will take; False when it must wait.
+
+        Raises:
+            NoSpace: the storage, or the epoch table, is full.
+        """
+        volume, tree = self._volume, self._tree
+        if volume.cipher.is_spent:
+            volume.table.check_room()
+        for group, index, part in group_runs(first, count, self._geometry.group_blocks):
+            if volume.is_reclaiming(group):
+                return False
+            slot = tree.slot_of(group)
+            if slot == NO_SLOT:
+                slot = self.reserved.get(group, NO_SLOT)
+                if slot == NO_SLOT:
+                    slot = self.reserve_slot(group)
+            elif part < self._geometry.group_blocks and tree.leaf(group) is None:
+                return False
+            volume.reserve(slot, index, part)
+        return True
+
+    def reserve_slot(self, group: int) -> int:
+        """Choose the slot of a group that has none, and have room for the nodes above it."""
+        volume = self._volume
+        index = group // self._geometry.fanout
+        node = self._tree.nodes[1].get(index)
+        if node is None or node.slot == NO_SLOT:
+            self._new_nodes.add(index)
+            volume.reserve_nodes(len(self._new_nodes) * self._geometry.depth)
+        slot = self.reserved[group] = volume.allocator.take()
+        return slot
+
+    def is_dirty_group(self, group: int) -> bool:
+        """Whether a block of the group waits to be committed, or is being committed."""
+        first = group * self._geometry.group_blocks
+        blocks = range(first, first + self._geometry.group_blocks)
+        cache = self._cache
+        return any(b in cache.dirty or b in cache.committing for b in blocks)
+
+    def next_group(self, group: int) -> int:
+        """Return the next group that holds something, or one beyond every disk."""
+        beyond = self._geometry.group_count_max
+        found = next(self._tree.groups(group + 1), beyond)
+        size = self._geometry.group_blocks
+        for blocks in (self._cache.dirty, self._cache.committing):
+            later = (block // size for block in blocks if block // size > group)
+            found = min(found, min(later, default=beyond))
+        return found
+
+    # -- commit
+
+    def commit_dirty_steps(self, size: int) -> Steps[None]:
+        """Commit every dirty block and the size of the disk."""
+        self._cache.begin_commit()
+        blocks = sorted(self._cache.committing)
+        groups: dict[int, list[int]] = {}
+        for block in blocks:
+            groups.setdefault(block // self._geometry.group_blocks, []).append(block)
+        is_small = len(blocks) <= SMALL_COMMIT_BLOCKS
+        whole = self._geometry.group_blocks
+        yield from self._reader.load_leaves_steps(
+            [group for group, members in groups.items() if len(members) < whole]
+        )
+        # The first record carries a new size: a block beyond the end that became durable before
+        # the size did would come back from the dead when the disk grows over it.
+        batch, count = Batch(size=size), 0
+        for group, members in groups.items():
+            for part in self._split(self._decide(size, group, members, is_small=is_small)):
+                part_count = len(part.blocks(whole))
+                if count and (
+                    count + part_count > RECORD_BLOCKS_MAX
+                    or batch.page_count(part) > self._volume.journal.record_pages_max
+                ):
+                    yield from self._commit_batch_steps(batch)
+                    batch, count = Batch(size=size), 0
+                batch.add(part)
+                count += part_count
+        if count or size != self._volume.size:
+            yield from self._commit_batch_steps(batch)
+        self.drop_unused_slots()
+
+    def _content(self, block: int) -> memoryview:
+        return self._cache.frame(self._cache.committing[block])
+
+    def _commit_batch_steps(self, batch: Batch) -> Steps[None]:
+        yield from self._volume.commit_steps(batch, self._content)
+        # Home is written now: from here on reads go to the disk.
+        self._cache.finish(batch.blocks(self._geometry.group_blocks))
+
+    def _decide(self, size: int, group: int, members: list[int], *, is_small: bool) -> Batch:
+        """Decide how a group's dirty blocks are written (FORMAT.md 8.1)."""
+        batch = Batch(size=size)
+        reserved = self.reserved.pop(group, NO_SLOT)
+        is_live = self._tree.slot_of(group) != NO_SLOT
+        is_whole = len(members) == self._geometry.group_blocks
+        if is_whole and (not is_small or (is_live and self._tree.leaf(group) is None)):
+            slot = reserved if reserved != NO_SLOT else self._take_whole_slot()
+            if slot != NO_SLOT:
+                batch.full_groups = [(group, slot)]
+                return batch
+        if not is_live:
+            batch.allocs = [(group, reserved)]
+            if is_small:
+                batch.inline = members
+            else:
+                batch.direct = members
+            return batch
+        leaf = self._volume.leaf(group)
+        for block in members:
+            at = block % self._geometry.group_blocks * ENTRY_SIZE
+            # A hole has no old copy to lose; a live block goes through the journal.
+            is_direct = not is_small and leaf[at + 28] == 0
+            (batch.direct if is_direct else batch.inline).append(block)
+        return batch
+
+    def _split(self, batch: Batch) -> Iterator[Batch]:
+        """Cut what one group writes to parts that fit in a record each."""
+        pages_max = self._volume.journal.record_pages_max
+        if batch.page_count() <= pages_max:
+            yield batch
+            return
+        inline = batch.inline
+        batch.inline = [0] * pages_max
+        room = 2 * pages_max - batch.page_count()
+        for at in range(0, len(inline), room):
+            batch.inline = inline[at : at + room]
+            yield batch
+            batch = Batch(size=batch.size)
+
+    def _take_whole_slot(self) -> int:
+        """Take a slot to move a group to; NO_SLOT where the storage has no room for that."""
+        slot = self._volume.allocator.take()
+        try:
+            self._volume.reserve(slot, 0, self._geometry.group_blocks)
+        except NoSpace:
+            self._volume.allocator.put_back(slot)
+            return NO_SLOT
+        return slot
+
+    def drop_unused_slots(self) -> None:
+        """Put back slots reserved for writes that were discarded before their commit."""
+        for group in [g for g in self.reserved if not self.is_dirty_group(g)]:
+            self._volume.allocator.put_back(self.reserved.pop(group))
+        fanout = self._geometry.fanout
+        self._new_nodes &= {g // fanout for g in self.reserved} | {
+            i for i in self._new_nodes if i in self._tree.nodes[1]
+        }
+
+    # -- holes
+
+    def partial_groups(self, first: int, count: int) -> list[int]:
+        """Return the live groups of which a run of blocks covers a part."""
+        whole = self._geometry.group_blocks
+        return [g for g, _, part in self._volume.live_parts(first, count) if part < whole]
+
+    def discard_steps(self, first: int, count: int) -> Steps[None]:
+        """Make a run of blocks holes; `partial_groups` of it are loaded."""
+        self._reader.version += 1
+        self._cache.discard(first, count)
+        holes = self._holes_in(first, count)
+        # From here to the record a write into these groups waits: its slot is about to go.
+        whole = self._geometry.group_blocks
+        self._volume.leaving = {
+            group for run in holes for group, _, part in group_runs(*run, whole) if part == whole
+        }
+        for at in range(0, len(holes), self._holes_max):
+            batch = Batch(size=self._volume.size, holes=holes[at : at + self._holes_max])
+            yield from self._volume.commit_steps(batch, self._content)
+        self._volume.leaving = set()
+        self.drop_unused_slots()
+
+    def _holes_in(self, first: int, count: int) -> list[tuple[int, int]]:
+        """Return the runs that a discard makes holes: what is live in it, groups it empties whole.
+
+        A run never joins parts of two groups, unless it covers both.
+        """
+        group_blocks = self._geometry.group_blocks
+        holes: list[tuple[int, int]] = []
+        for group, index, part in self._volume.live_parts(first, count):
+            start = group * group_blocks
+            if part < group_blocks:
+                leaf = self._volume.leaf(group)
+                at, end = index * ENTRY_SIZE, (index + part) * ENTRY_SIZE
+                if not any(leaf[at:end]):
+                    continue
+                if any(leaf[:at]) or any(leaf[end:]) or self.is_dirty_group(group):
+                    holes.append((start + index, part))
+                    continue
+            if holes and sum(holes[-1]) == start and not holes[-1][0] % group_blocks:
+                holes[-1] = (holes[-1][0], holes[-1][1] + group_blocks)
+            else:
+                holes.append((start, group_blocks))
+        return holes
+
+    @property
+    def _holes_max(self) -> int:
+        pages = self._volume.journal.record_pages_max
+        return min(HOLES_MAX, (pages * BLOCK_SIZE - 256) // 16)
+
+    def shrink_steps(self, size: int) -> Steps[None]:
+        """Cut the disk; the end of its last block has been zeroed, perhaps not yet committed."""
+        self._reader.version += 1
+        tail, end = block_count_of(size), self._geometry.size_max // BLOCK_SIZE
+        self._cache.discard(tail, end - tail)
+        newest = self._cache.dirty.get(tail - 1)
+        if newest is not None and size % BLOCK_SIZE:
+            # A write may have come between; the frame is the truth, so it is cut here.
+            at = size % BLOCK_SIZE
+            self._cache.frame(newest)[at:] = bytes(BLOCK_SIZE - at)
+        whole = self._geometry.group_blocks
+        self._volume.leaving = {
+            group for group, _, part in self._volume.live_parts(tail, end - tail) if part == whole
+        }
+        # The last block and the size in one record: neither is ever seen without the other.
+        last = [block for block in (tail - 1,) if block in self._cache.dirty]
+        self._cache.begin_commit(last)
+        batch = Batch(size=size)
+        for block in last:
+            batch = self._decide(size, block // whole, [block], is_small=True)
+        yield from self._commit_batch_steps(batch)
+        self._volume.leaving = set()
+        self.drop_unused_slots()
+
+    # -- preallocation
+
+    def alloc_steps(self, groups: list[int]) -> Steps[None]:
+        """Give groups their reserved slots, empty."""
+        allocs = [
+            (group, self.reserved.pop(group))
+            for group in groups
+            if group in self.reserved and self._tree.slot_of(group) == NO_SLOT
+        ]
+        batch = Batch(size=self._volume.size, allocs=allocs)
+        yield from self._volume.commit_steps(batch, self._content)

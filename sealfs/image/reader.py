@@ -1,0 +1,240 @@
+"""Read blocks: from the cache, or from the disk verified and opened.
+
+Knows whole blocks only. The parts that wait run in a worker and look at leaf entries while a
+commit may change them; an outdated entry never opens the new ciphertext nor the other way round,
+so such a read fails, is found outdated, and is repeated: never wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from sealfs.errors import BlockDamaged
+from sealfs.image.cache import ImageCache
+from sealfs.image.cipher import TAG_SIZE
+from sealfs.image.format import HOLE
+from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, group_runs, runs_of
+from sealfs.image.plan import Buffer
+from sealfs.image.steps import Steps
+from sealfs.image.tree import NO_SLOT
+from sealfs.image.volume import Volume
+
+CACHED_READ_BLOCKS_MAX = 16
+"""Longer reads leave no clean blocks behind: a scan would only push out what is used."""
+
+ATTEMPTS_MAX = 16
+"""A read that meets a commit again and again gives up in the end, rather than spin."""
+
+_ZERO_BLOCK = bytes(BLOCK_SIZE)
+
+Piece = tuple[int, int, int, int, int, bytes | None, tuple[int, int, bytes]]
+"""(position in the answer, group, index, count, slot, entries or None, leaf source)."""
+
+
+class Reader:
+    """Reads the blocks of one image; `version` is raised by whoever changes what a read finds."""
+
+    def __init__(self, volume: Volume, cache: ImageCache) -> None:
+        self.version = 0
+        """Grows with every accepted write and discard."""
+        self._volume = volume
+        self._storage = volume.storage
+        self._cipher = volume.cipher
+        self._tree = volume.tree
+        self._geometry = volume.geometry
+        self._cache = cache
+        self._scratch = bytearray(BLOCK_SIZE + TAG_SIZE)
+        self._scratch_view = memoryview(self._scratch)[:BLOCK_SIZE]
+
+    def try_block(self, block: int) -> Buffer | None:
+        """Return one block if that needs no waiting for the disk, else None."""
+        cache = self._cache
+        if cache.dirty or cache.committing:
+            newest = cache.newest(block)
+            if newest is not None:
+                return bytes(newest)
+        content = cache.get_clean(block)
+        if content is not None:
+            return content
+        group, index = divmod(block, self._geometry.group_blocks)
+        slot = self._tree.slot_of(group)
+        if slot == NO_SLOT:
+            return _ZERO_BLOCK
+        leaf = self._tree.leaf(group)
+        if leaf is None or self._volume.inline:
+            return None
+        entry = leaf[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE]
+        if entry == HOLE:
+            return _ZERO_BLOCK
+        offset = self._geometry.block_offset(slot, index)
+        if not self._storage.read_nowait(offset, self._scratch_view):
+            return None
+        try:
+            content = self._cipher.open_block(block, self._scratch, entry)
+        except BlockDamaged:
+            return None  # blocks_steps tells damage from a commit that came between
+        cache.put_clean(block, content)
+        return content
+
+    def try_blocks(self, first: int, count: int) -> bytearray | None:
+        """Return whole blocks if that needs no waiting for the disk, else None."""
+        out = bytearray(count * BLOCK_SIZE)
+        view = memoryview(out)
+        for piece in self._resolve(first, count, view):
+            entries = piece[5]
+            if entries is None:
+                return None
+            try:
+                if not self._fetch(piece, entries, view, self._storage.read_nowait):
+                    return None
+            except BlockDamaged:
+                return None  # blocks_steps tells damage from a commit that came between
+        return out
+
+    def blocks_steps(self, first: int, count: int) -> Steps[memoryview]:
+        """Return whole blocks; on return they are what was there at some time since the call.
+
+        Raises:
+            BlockDamaged: a block, or the leaf page that names it, does not authenticate.
+            StorageFailed: reading the storage failed.
+        """
+        view = memoryview(bytearray(count * BLOCK_SIZE))
+        for attempt in range(ATTEMPTS_MAX):
+            version = self.version
+            pieces = list(self._resolve(first, count, view))
+            if not pieces:
+                return view
+            loaded: list[tuple[int, bytes, int, bytes]] = []
+            failure: BlockDamaged | None = None
+            try:
+                yield partial(self._fetch_all, pieces, loaded, view)
+            except BlockDamaged as exc:
+                failure = exc
+            for leaf in loaded:
+                self._tree.admit_leaf(*leaf)
+            if failure is None:
+                if count <= CACHED_READ_BLOCKS_MAX and version == self.version:
+                    for position, group, index, part, *_ in pieces:
+                        block = group * self._geometry.group_blocks + index
+                        for i in range(part):
+                            at = position + i * BLOCK_SIZE
+                            self._cache.put_clean(block + i, bytes(view[at : at + BLOCK_SIZE]))
+                return view
+            if all(self._is_current(piece) for piece in pieces) and attempt:
+                raise failure
+            view = memoryview(bytearray(count * BLOCK_SIZE))
+        assert failure is not None
+        raise failure
+
+    def _is_current(self, piece: Piece) -> bool:
+        """Whether a piece still describes what the tree says."""
+        _, group, index, count, slot, entries, source = piece
+        if self._tree.slot_of(group) != slot:
+            return False
+        leaf = self._tree.leaf(group)
+        if entries is None or leaf is None:
+            return self._tree.leaf_source(group)[2] == source[2]
+        return leaf[index * ENTRY_SIZE : (index + count) * ENTRY_SIZE] == entries
+
+    def _resolve(self, first: int, count: int, view: memoryview) -> Iterator[Piece]:
+        """Fill in what is in memory; yield the pieces that are to be read and opened."""
+        cache = self._cache
+        in_memory = bool(cache.dirty or cache.committing)
+        use_clean = count <= CACHED_READ_BLOCKS_MAX
+        for group, index, part in group_runs(first, count, self._geometry.group_blocks):
+            block = group * self._geometry.group_blocks + index
+            position = (block - first) * BLOCK_SIZE
+            if not (in_memory or use_clean):
+                yield from self._pieces(position, group, index, part)
+                continue
+            start = 0
+            for i in range(part):
+                content: Buffer | None = cache.newest(block + i) if in_memory else None
+                if content is None and use_clean:
+                    content = cache.get_clean(block + i)
+                if content is None:
+                    continue
+                at = position + i * BLOCK_SIZE
+                view[at : at + BLOCK_SIZE] = content
+                if i > start:
+                    yield from self._pieces(
+                        position + start * BLOCK_SIZE, group, index + start, i - start
+                    )
+                start = i + 1
+            if start < part:
+                yield from self._pieces(
+                    position + start * BLOCK_SIZE, group, index + start, part - start
+                )
+
+    def _pieces(self, position: int, group: int, index: int, count: int) -> Iterator[Piece]:
+        slot = self._tree.slot_of(group)
+        if slot == NO_SLOT:
+            return
+        source = self._tree.leaf_source(group)
+        leaf = self._tree.leaf(group)
+        entries = None
+        if leaf is not None:
+            entries = bytes(leaf[index * ENTRY_SIZE : (index + count) * ENTRY_SIZE])
+            if not any(entries[28::ENTRY_SIZE]):
+                return
+        yield (position, group, index, count, slot, entries, source)
+
+    def _fetch_all(
+        self, pieces: list[Piece], loaded: list[tuple[int, bytes, int, bytes]], view: memoryview
+    ) -> None:
+        """Read and open pieces, loading leaf pages as needed; runs in a worker."""
+        leaves: dict[int, bytes] = {}
+        for piece in pieces:
+            _, group, index, count, _, entries, source = piece
+            if entries is None:
+                if group not in leaves:
+                    page, place = self._volume.read_leaf(group, source)
+                    leaves[group] = page
+                    loaded.append((group, page, place, source[2]))
+                entries = leaves[group][index * ENTRY_SIZE : (index + count) * ENTRY_SIZE]
+            self._fetch(piece, entries, view, self._read_whole)
+
+    def _read_whole(self, offset: int, buffer: Buffer) -> bool:
+        self._storage.read_into(offset, buffer)  # what a cut-off file lacks does not open
+        return True
+
+    def _fetch(
+        self, piece: Piece, entries: bytes, view: memoryview,
+        read: Callable[[int, Buffer], bool],
+    ) -> bool:  # fmt: skip
+        """Read and open the present blocks of a piece; False where `read` would wait."""
+        position, group, index, count, slot, _, _ = piece
+        flags = entries[28::ENTRY_SIZE]
+        first = group * self._geometry.group_blocks + index
+        inline = self._volume.inline
+        if inline:
+            runs: Iterator[tuple[int, int]] = iter([(i, 1) for i in range(count) if flags[i]])
+        elif flags.count(1) == count:
+            runs = iter([(0, count)])
+        else:
+            runs = runs_of([i for i in range(count) if flags[i]])
+        for start, length in runs:
+            sealed = memoryview(bytearray(length * BLOCK_SIZE + TAG_SIZE))
+            offset = self._geometry.block_offset(slot, index + start)
+            if inline:
+                offset = inline.get(first + start, offset)
+            if not read(offset, sealed[: length * BLOCK_SIZE]):
+                return False
+            at = position + start * BLOCK_SIZE
+            self._cipher.open_blocks(
+                first + start,
+                sealed,
+                entries[start * ENTRY_SIZE : (start + length) * ENTRY_SIZE],
+                view[at : at + length * BLOCK_SIZE],
+            )
+        return True
+
+    def load_leaves_steps(self, groups: list[int]) -> Steps[None]:
+        """Have the leaf pages of these groups in memory, where they have a slot."""
+        for group in groups:
+            if self._tree.slot_of(group) == NO_SLOT or self._tree.leaf(group) is not None:
+                continue
+            source = self._tree.leaf_source(group)
+            page, place = yield partial(self._volume.read_leaf, group, source)
+            self._tree.admit_leaf(group, page, place, source[2])
