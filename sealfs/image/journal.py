@@ -149,6 +149,7 @@ def _record_at(
         or header.page != page
         or not same_mac(header.previous_mac, position.mac)
         or page + header.page_count > page_count
+        or header.page_count > page_count // 2
         or header.page_count != header.head_pages + header.counts[3]
     ):
         return None

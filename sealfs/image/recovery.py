@@ -238,7 +238,7 @@ def _finish_recovery(volume: Volume) -> None:
     for block, offset in sorted(volume.inline.items()):
         group, index = divmod(block, geometry.group_blocks)
         home = geometry.block_offset(volume.tree.slot_of(group), index)
-        plan.append((Step.WRITE, home, [storage.read(offset, BLOCK_SIZE)]))
+        plan.append((Step.WRITE, home, [storage.read_direct(offset, BLOCK_SIZE)]))
     execute(storage, plan)
     volume.inline.clear()
     # Crash anywhere in here: the records are still there; recovered again, to the same bytes.
@@ -272,6 +272,12 @@ def _live_superblock(
             "no superblock authenticates (damaged, altered outside sealfs, or another key)",
         )
     live = max(found, key=lambda item: item[0].generation)
+    if len(found) == 2 and (
+        found[0][0].uuid != found[1][0].uuid or found[0][0].generation == found[1][0].generation
+    ):
+        raise IntegrityError(
+            storage.path, "its two superblocks are of two images (altered outside sealfs)"
+        )
     found_geometry = live[0].geometry
     journal_pages = found_geometry.journal_pages
     if replace(geometry, journal_pages=journal_pages) != found_geometry or not (
@@ -292,8 +298,10 @@ def _verified_identity(storage: Storage, superblock: Superblock, keys: Subkeys) 
 def _epoch_rows(storage: Storage, superblock: Superblock, copy: int) -> list[EpochRow]:
     geometry = superblock.geometry
     size = min(superblock.epoch_count, geometry.table_rows_max) * ROW_SIZE
+    padded = -(-size // BLOCK_SIZE) * BLOCK_SIZE
     for candidate in (copy, 1 - copy):
-        raw = storage.read(geometry.table_offset(candidate), size)
+        pages = storage.read_direct(geometry.table_offset(candidate), padded) if size else b""
+        raw = pages[:size]
         if same_mac(hashlib.sha256(raw).digest(), superblock.table_digest):
             return decode_table(raw, storage.path)
     raise IntegrityError(storage.path, "epoch table does not authenticate")

@@ -222,7 +222,7 @@ class Tree:
 
     def _evict(self) -> None:
         # First in, first out: cheap, and nothing on the read path has to keep an order.
-        for group in list(islice(self._leaves, len(self._leaves) - LEAVES_MAX + 64)):
+        for group in list(islice(self._leaves, len(self._leaves) - LEAVES_MAX + LEAVES_MAX // 64)):
             if group not in self._changed_leaves:
                 del self._leaves[group]
 
