@@ -1,0 +1,138 @@
+"""Becoming a daemon: the forks, the hardening, where the log goes.
+
+`detach` forks before any thread or event loop exists. The caller's process returns when the daemon
+says it is ready, with the daemon's own error when it fails. Knows nothing of FUSE.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import logging.handlers
+import os
+import resource
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from sealfs.errors import SealfsError, StorageFailed
+from sealfs.mount.control import error_document, error_from
+
+_PR_SET_DUMPABLE = 4  # <linux/prctl.h>
+_REPORT_MAX = 1 << 16
+
+Ready = Callable[[], None]
+Serve = Callable[[Ready], int]
+
+log = logging.getLogger("sealfs.mount")
+
+
+def harden() -> None:
+    """No core dumps and no ptrace by others: this process holds image keys and plaintext."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
+
+
+def set_up_log(*, foreground: bool, file: Path | None, verbose: int) -> None:
+    """Send the log to stderr in the foreground, else to `file`, else to syslog (daemon)."""
+    handler: logging.Handler
+    text = "sealfs[%(process)d]: %(levelname)s: %(message)s"
+    if file is not None:
+        handler = logging.FileHandler(file)
+        text = "%(asctime)s " + text
+    elif foreground:
+        handler = logging.StreamHandler(sys.stderr)
+    else:
+        try:
+            handler = logging.handlers.SysLogHandler(
+                "/dev/log", facility=logging.handlers.SysLogHandler.LOG_DAEMON
+            )
+            handler.append_nul = False
+        except OSError:
+            handler = logging.NullHandler()  # a host without syslog: --log says where
+    handler.setFormatter(logging.Formatter(text))
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    for name in ("sealfs", "pyfuse3"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level if name == "sealfs" else max(level, logging.INFO))
+        logger.propagate = False
+
+
+def detach(subject: object, serve: Serve) -> int:
+    """Run `serve` in a daemon; return 0 when it has called its argument.
+
+    Args:
+        subject: what the daemon serves, for the message when it dies silently.
+        serve: called in the daemon with a function to call once it is ready; returns the daemon's
+            exit status.
+
+    Raises:
+        SealfsError: what `serve` raised before it was ready.
+    """
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _become_daemon(writing, serve)
+    os.close(writing)
+    os.waitpid(child, 0)
+    report = b""
+    with open(reading, "rb") as pipe:
+        report = pipe.read(_REPORT_MAX)
+    if not report:
+        raise StorageFailed(subject, "the daemon ended before it was ready; its log says why")
+    answer = json.loads(report)
+    if answer["ok"]:
+        return 0
+    raise error_from(answer["error"])
+
+
+def _become_daemon(writing: int, serve: Serve) -> NoReturn:
+    """Fork once more, so that no terminal can ever be regained; never returns."""
+    status = 1
+    try:
+        os.setsid()
+        if os.fork() != 0:
+            os._exit(0)
+        os.chdir("/")
+        reported = False
+
+        def report(document: dict[str, object]) -> None:
+            nonlocal reported
+            if not reported:
+                reported = True
+                os.write(writing, json.dumps(document).encode())
+                os.close(writing)
+
+        def ready() -> None:
+            _close_standard_streams()
+            report({"ok": True})
+
+        try:
+            status = serve(ready)
+        except SealfsError as exc:
+            log.error("%s", exc)
+            report({"ok": False, "error": error_document(exc)})
+        except BaseException as exc:
+            log.exception("the daemon failed")
+            detail = "".join(traceback.format_exception_only(exc)).strip()
+            failure = StorageFailed("daemon", f"internal error: {detail}")
+            report({"ok": False, "error": error_document(failure)})
+    finally:
+        logging.shutdown()
+        os._exit(status)
+
+
+def _close_standard_streams() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)

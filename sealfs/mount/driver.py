@@ -1,0 +1,417 @@
+"""Sealed images in use: opened at the first open, driven while in use, closed some time after.
+
+A `Disk` is one sealed image that has open handles or had them a moment ago; `Disks` holds those
+of a mount, which share one block cache. Knows neither FUSE nor names: a disk is found by the
+identity of its file (device and inode), so renaming does not concern it.
+
+Concurrency: everything here runs in the trio thread; only the work of the image's steps and the
+opener run in worker threads. `try_read` and `try_write` of an image may be called by anybody at any
+time. `Disk.exclusive` is held by whoever drives an operation that the image wants alone (flush,
+checkpoint, discard, resize, preallocate, close) and while the image is being opened; waiters are
+tasks of requests, the housekeeping task and the background flush. Between two trio checkpoints
+nothing changes: `handles` and `image` are tested and acted on without an await in between.
+What is driven is never cancelled (see workers.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import trio
+
+from sealfs.errors import StorageFailed
+from sealfs.image.plan import Buffer
+from sealfs.mount.failures import Failures
+from sealfs.mount.workers import Workers
+
+if TYPE_CHECKING:
+    from sealfs.image.cache import BlockCache
+    from sealfs.image.image import SealedImage
+
+COMMIT_INTERVAL = 5.0  # seconds after the oldest unflushed write
+IDLE_CLOSE = 60.0  # seconds after the last close
+QUIET_CHECKPOINT = 10.0  # seconds without a flush after which the journal is emptied
+
+FileKey = tuple[int, int]
+"""Device and inode number of a sealed file."""
+
+log = logging.getLogger("sealfs.mount")
+
+
+class Opened(NamedTuple):
+    """An image just opened. The image reads `image_key` as long as it is open; wiped after that."""
+
+    image: SealedImage
+    vm_id: str
+    image_key: bytearray
+
+
+class ImageOpener(Protocol):
+    """Turns the path of a sealed file into an open image; blocking, called in worker threads."""
+
+    def open(self, path: Path) -> Opened:
+        """Return the open image, its VM id and key; see opener.py for what it raises."""
+
+
+class _Flush:
+    """One flush that several callers may wait for, and how it ended."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: Exception | None = None
+
+
+class Disk:
+    """One sealed image in use. `image` is set as long as `handles` is above zero."""
+
+    def __init__(self, key: FileKey, path: Path, workers: Workers) -> None:
+        self.key = key
+        self.path = path
+        self.vm_id = ""
+        self.image: SealedImage | None = None
+        self.handles = 0
+        self.idle_since = 0.0
+        self.exclusive = trio.Lock()
+        self.is_closing = False
+        self.committed_at = 0.0  # time.monotonic() of the last commit
+        self._workers = workers
+        self._image_key = bytearray()
+        self._next_flush: _Flush | None = None
+
+    @property
+    def opened(self) -> SealedImage:
+        """The image; only for whoever holds a handle."""
+        image = self.image
+        if image is None:
+            raise AssertionError(f"{self.path} is not open")
+        return image
+
+    @property
+    def size(self) -> int:
+        """Bytes of the plain file."""
+        return self.opened.size
+
+    async def read(self, offset: int, size: int) -> Buffer:
+        """Return the bytes of a range, fewer at the end of the file."""
+        data = self.opened.try_read(offset, size)
+        if data is None:
+            data = await self._workers.drive(self.opened.read_steps(offset, size))
+        return data
+
+    async def flush(self) -> None:
+        """Make durable whatever was accepted before; concurrent callers share one flush.
+
+        A caller joins the flush that has not begun. One that has begun may have passed the
+        caller's write already, so it does not count for it.
+        """
+        flush = self._next_flush
+        if flush is not None:
+            await flush.done.wait()
+        else:
+            flush = self._next_flush = _Flush()
+            with trio.CancelScope(shield=True):
+                async with self.exclusive:
+                    # From here on newcomers need the flush after this one.
+                    self._next_flush = None
+                    try:
+                        # Closed meanwhile: the close has flushed it.
+                        if self.image is not None:
+                            await self._workers.drive(self.image.flush_steps())
+                    except Exception as exc:
+                        flush.error = exc
+                    self.committed_at = time.monotonic()
+                    flush.done.set()
+        if flush.error is not None:
+            raise flush.error
+
+    def is_settled(self) -> bool:
+        """Whether a flush has nothing to do and nothing to report."""
+        image = self.opened
+        return not (image.is_dirty or image.poisoned or self.exclusive.locked())
+
+    async def checkpoint(self) -> None:
+        """Empty the journal."""
+        async with self.exclusive:
+            if self.image is not None and self.image.needs_checkpoint:
+                await self._workers.drive(self.image.checkpoint_steps())
+
+    async def discard(self, offset: int, size: int) -> None:
+        """Turn a range into zeros, whole blocks into holes; durable on return."""
+        async with self.exclusive:
+            size = min(size, self.size - offset)
+            if size > 0:
+                await self._workers.drive(self.opened.discard_steps(offset, size))
+            self.committed_at = time.monotonic()
+
+    async def resize(self, size: int) -> None:
+        """Set the size; durable on return."""
+        async with self.exclusive:
+            if size != self.size:
+                await self._workers.drive(self.opened.resize_steps(size))
+                self.committed_at = time.monotonic()
+
+    async def extend(self, size: int) -> None:
+        """Make the file at least `size` bytes long."""
+        async with self.exclusive:
+            if size > self.size:
+                await self._workers.drive(self.opened.resize_steps(size))
+                self.committed_at = time.monotonic()
+
+    async def preallocate(self, offset: int, size: int) -> None:
+        """Reserve space for a range, as far as it lies within the file."""
+        async with self.exclusive:
+            size = min(size, self.size - offset)
+            if size > 0:
+                await self._workers.drive(self.opened.preallocate_steps(offset, size))
+
+    async def seek(self, offset: int, whence: int) -> int | None:
+        """Return the next data or hole (os.SEEK_DATA, os.SEEK_HOLE); None past the last."""
+        found: int | None = await self._workers.drive(self.opened.seek_steps(offset, whence))
+        return found
+
+    async def open(self, opener: ImageOpener) -> None:
+        """Open the image unless it is open; a close under way is waited for."""
+        if self.image is not None and not self.is_closing:
+            return
+        async with self.exclusive:
+            if self.image is None:
+                opened = await self._workers.run(partial(opener.open, self.path))
+                self.image, self.vm_id, self._image_key = opened
+
+    async def close(self) -> None:
+        """Flush, checkpoint and close; the keys are gone afterwards, whatever happens."""
+        async with self.exclusive:
+            if self.image is None or self.handles:
+                return
+            await self._close()
+
+    async def close_now(self) -> None:
+        """Close even under open handles: the mount has ended."""
+        async with self.exclusive:
+            if self.image is not None:
+                await self._close()
+
+    async def _close(self) -> None:
+        image = self.opened
+        self.is_closing = True
+        try:
+            if image.poisoned:
+                # Nothing more can be promised; recovery at the next open decides.
+                await self._workers.run(image.abandon)
+            else:
+                try:
+                    await self._workers.drive(image.close_steps())
+                except Exception:
+                    await self._workers.run(image.abandon)
+                    raise
+        finally:
+            self.image = None
+            self.is_closing = False
+            self._image_key[:] = bytes(len(self._image_key))
+
+
+class Disks:
+    """All disks of a mount: opening, throttling, the commit timer and closing when idle."""
+
+    def __init__(
+        self,
+        *,
+        opener: ImageOpener,
+        workers: Workers,
+        cache: BlockCache,
+        failures: Failures,
+        commit_interval: float = COMMIT_INTERVAL,
+        idle_close: float = IDLE_CLOSE,
+    ) -> None:
+        self.workers = workers
+        self.cache = cache
+        self.failures = failures
+        self._opener = opener
+        self._commit_interval = commit_interval
+        self._idle_close = idle_close
+        self._disks: dict[FileKey, Disk] = {}
+        self._dirty_half = cache.dirty_max // 2
+        self._relieving = False
+        self._nursery: trio.Nursery | None = None
+        self._room = trio.Lock()
+
+    def find(self, key: FileKey) -> Disk | None:
+        """Return the disk of a sealed file if its image is open and stays so for now."""
+        disk = self._disks.get(key)
+        return disk if disk is not None and disk.image is not None else None
+
+    def all(self) -> list[Disk]:
+        """Return the disks whose image is open."""
+        return [disk for disk in self._disks.values() if disk.image is not None]
+
+    async def acquire(self, key: FileKey, path: Path) -> Disk:
+        """Return the open disk of a sealed file with one handle more; `release` gives it back.
+
+        Raises:
+            SealfsError: what the opener says; the next call tries again.
+        """
+        disk = self._disks.get(key)
+        if disk is None:
+            disk = self._disks[key] = Disk(key, path, self.workers)
+        disk.handles += 1
+        try:
+            if disk.image is None:
+                disk.path = path
+                self.failures.forget(str(path))
+            await disk.open(self._opener)
+        except BaseException:
+            disk.handles -= 1
+            self._drop(disk)
+            raise
+        return disk
+
+    def release(self, disk: Disk) -> None:
+        """Give a handle back; after the last one the image is settled, and closed later."""
+        disk.handles -= 1
+        if disk.handles == 0:
+            disk.idle_since = time.monotonic()
+            self._start(self._settle, disk)
+
+    async def close_idle(self, key: FileKey) -> bool:
+        """Close the image of a sealed file now; False if it has open handles."""
+        disk = self._disks.get(key)
+        if disk is None:
+            return True
+        if disk.handles:
+            return False
+        await disk.close()
+        self._drop(disk)
+        return disk.image is None
+
+    async def write(self, disk: Disk, offset: int, data: Buffer, *, durable: bool) -> None:
+        """Take a write, waiting for room in the cache if need be; durable on return if asked.
+
+        `data` must not change until this returns.
+        """
+        image = disk.opened
+        while not await self.workers.drive(image.write_steps(offset, data)):
+            await self._make_room()
+        self.wrote()
+        if durable:
+            await disk.flush()
+
+    def wrote(self) -> None:
+        """Note that a write was accepted: over half of the cache dirty, flush behind it."""
+        if self.cache.dirty_size > self._dirty_half and not self._relieving:
+            self._relieving = True
+            self._start(self._relieve)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep house until cancelled: commit timer, checkpoints of quiet disks, idle closing."""
+        tick = max(0.02, min(1.0, self._commit_interval / 5, self._idle_close / 5))
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            try:
+                while True:
+                    await trio.sleep(tick)
+                    for disk in self.all():
+                        await self._quietly(disk, partial(self._care, disk))
+            finally:
+                self._nursery = None
+
+    async def close_all(self) -> dict[str, str]:
+        """Close every image, also under handles; return what could not be closed cleanly."""
+        failed: dict[str, str] = {}
+        for disk in list(self._disks.values()):
+            try:
+                await disk.close_now()
+            except Exception as exc:
+                self._report(disk, exc)
+                failed[str(disk.path)] = str(exc)
+        self._disks.clear()
+        return failed
+
+    async def _care(self, disk: Disk) -> None:
+        image, now = disk.image, time.monotonic()
+        if image is None:
+            return
+        if image.poisoned:
+            if disk.handles == 0:
+                await disk.close()
+                self._drop(disk)
+            return
+        oldest = image.oldest_dirty
+        if oldest is not None and now - oldest >= self._commit_interval:
+            await disk.flush()
+        elif disk.handles == 0 and now - disk.idle_since >= self._idle_close:
+            await disk.close()
+            self._drop(disk)
+        elif image.wants_checkpoint or (
+            image.needs_checkpoint
+            and oldest is None
+            and now - disk.committed_at >= QUIET_CHECKPOINT
+        ):
+            await disk.checkpoint()
+
+    async def _settle(self, disk: Disk) -> None:
+        async def settle() -> None:
+            if disk.image is None or disk.handles or disk.opened.poisoned:
+                return
+            if disk.opened.is_dirty:
+                await disk.flush()
+            if disk.image is not None:
+                await disk.checkpoint()
+
+        await self._quietly(disk, settle)
+
+    async def _relieve(self) -> None:
+        try:
+            while self.cache.dirty_size > self._dirty_half:
+                disk = self._dirtiest()
+                if disk is None:
+                    return
+                await self._quietly(disk, disk.flush)
+        finally:
+            self._relieving = False
+
+    async def _make_room(self) -> None:
+        """Flush the dirtiest disk; whoever waits here meanwhile looks again afterwards."""
+        before = self.cache.dirty_size
+        async with self._room:
+            if self.cache.dirty_size < before:
+                return
+            disk = self._dirtiest()
+            if disk is None:
+                raise StorageFailed(
+                    "cache", f"{self.cache.dirty_size} dirty bytes belong to images that failed"
+                )
+            if disk.exclusive.locked():
+                # A commit is under way and frees room when it ends: no need to wait for another.
+                async with disk.exclusive:
+                    return
+            await disk.flush()
+
+    def _dirtiest(self) -> Disk | None:
+        candidates = [
+            disk for disk in self.all() if not disk.opened.poisoned and disk.opened.dirty_size
+        ]
+        return max(candidates, key=lambda disk: disk.opened.dirty_size, default=None)
+
+    async def _quietly(self, disk: Disk, action: Callable[[], Awaitable[None]]) -> None:
+        """Await an action in the background; its failure is logged and ends nothing."""
+        try:
+            await action()
+        except Exception as exc:
+            self._report(disk, exc)
+
+    def _report(self, disk: Disk, exc: Exception) -> None:
+        self.failures.errno_of(exc, image=str(disk.path), vm_id=disk.vm_id)
+
+    def _start(self, action: Callable[..., Awaitable[None]], *args: object) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(action, *args)
+
+    def _drop(self, disk: Disk) -> None:
+        if disk.handles == 0 and disk.image is None and not disk.exclusive.locked():
+            self._disks.pop(disk.key, None)

@@ -1,0 +1,258 @@
+"""The system calls around a mount: mount(2), fusermount3, umount, what /proc and /sys tell of it.
+
+Everything here blocks; a daemon calls it before its event loop runs or in a worker thread. Knows
+nothing of images.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import errno
+import os
+import socket
+import stat
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from sealfs.errors import Busy, NotFound, StorageFailed, UsageError
+from sealfs.mount.options import MountOptions
+
+FSTYPE = "fuse.sealfs"
+READ_AHEAD_KB = 1024  # one FUSE request of the largest size; the default is 128
+
+# <sys/mount.h>
+_MS_RDONLY = 1
+_MS_NOSUID = 2
+_MS_NODEV = 4
+_MS_NOEXEC = 8
+_MS_NOATIME = 1024
+_MNT_DETACH = 2
+_HOLDERS_MAX = 20  # processes named in a message
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """One line of /proc/self/mountinfo."""
+
+    mountpoint: str
+    major: int
+    minor: int
+    fstype: str
+    source: str
+
+
+def mounts() -> list[Mounted]:
+    """Return all mounts of this mount namespace, the newest last."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        fields, rest = left.split(" "), right.split(" ")
+        major, _, minor = fields[2].partition(":")
+        found.append(
+            Mounted(_unescape(fields[4]), int(major), int(minor), rest[0], _unescape(rest[1]))
+        )
+    return found
+
+
+def mounted_at(mountpoint: str) -> Mounted | None:
+    """Return the mount on top at exactly this path; asks no file system anything."""
+    return next((m for m in reversed(mounts()) if m.mountpoint == mountpoint), None)
+
+
+def check_mountpoint(mountpoint: Path) -> None:
+    """Refuse a mount point that is dead, in use by sealfs, missing or no directory.
+
+    Raises:
+        Busy, NotFound, UsageError: with the reason.
+    """
+    try:
+        mode = mountpoint.stat().st_mode
+        # The kernel may remember the attributes of a dead mount; statfs always asks.
+        os.statvfs(mountpoint)
+    except FileNotFoundError:
+        raise NotFound(mountpoint, "no such mount point") from None
+    except OSError as exc:
+        if exc.errno == errno.ENOTCONN:
+            raise Busy(
+                mountpoint,
+                "is a dead mount: its daemon ended without unmounting; "
+                f"'umount -l {mountpoint}' frees it",
+            ) from exc
+        raise StorageFailed(mountpoint, f"cannot be used: {exc.strerror}") from exc
+    if not stat.S_ISDIR(mode):
+        raise UsageError(mountpoint, "is not a directory")
+    there = mounted_at(os.path.realpath(mountpoint))
+    if there is not None and there.fstype == FSTYPE:
+        raise Busy(mountpoint, f'is already mounted by sealfs, from "{there.source}"')
+
+
+def mount(source: Path, mountpoint: Path, options: MountOptions) -> int:
+    """Mount, as root by the system call, else by fusermount3; return the descriptor.
+
+    Raises:
+        StorageFailed: no /dev/fuse, or the kernel or fusermount3 refused.
+    """
+    if os.geteuid() == 0:
+        return _mount_as_root(source, mountpoint, options)
+    return mount_by_helper(source, mountpoint, options)
+
+
+def _mount_as_root(source: Path, mountpoint: Path, options: MountOptions) -> int:
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        raise StorageFailed("/dev/fuse", f"cannot be opened: {exc.strerror}") from exc
+    data = [
+        f"fd={fd}",
+        f"rootmode={stat.S_IFMT(mountpoint.stat().st_mode):o}",
+        f"user_id={os.geteuid()}",
+        f"group_id={os.getegid()}",
+        *_kernel_options(options),
+        *options.labels,
+    ]
+    flags = _MS_NOSUID | _MS_NODEV
+    flags |= _MS_RDONLY if options.read_only else 0
+    flags |= _MS_NOEXEC if options.noexec else 0
+    flags |= _MS_NOATIME if options.noatime else 0
+    result = _libc.mount(
+        os.fsencode(source),
+        os.fsencode(mountpoint),
+        FSTYPE.encode(),
+        flags,
+        os.fsencode(",".join(data)),
+    )
+    if result != 0:
+        code = ctypes.get_errno()
+        os.close(fd)
+        raise StorageFailed(mountpoint, f"mount failed: {os.strerror(code)}")
+    return fd
+
+
+def mount_by_helper(source: Path, mountpoint: Path, options: MountOptions) -> int:
+    """Mount by fusermount3, which hands the descriptor back over a socket (_FUSE_COMMFD)."""
+    wanted = [
+        *_kernel_options(options),
+        f"fsname={str(source).replace(',', '_')}",
+        "subtype=sealfs",
+        "nosuid",
+        "nodev",
+        *(["ro"] if options.read_only else []),
+        *(["noexec"] if options.noexec else []),
+        *(["noatime"] if options.noatime else []),
+    ]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        try:
+            done = subprocess.run(
+                ["fusermount3", "-o", ",".join(wanted), "--", str(mountpoint)],
+                env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise StorageFailed("fusermount3", "is not installed (package fuse3)") from None
+        if done.returncode != 0:
+            raise StorageFailed(mountpoint, f"fusermount3 failed: {done.stderr.strip()}")
+        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
+        fds = array.array("i")
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        if not fds:
+            raise StorageFailed(mountpoint, "fusermount3 handed no descriptor over")
+    os.set_inheritable(fds[0], False)
+    os.set_blocking(fds[0], False)
+    return fds[0]
+
+
+def _kernel_options(options: MountOptions) -> list[str]:
+    chosen = {
+        "allow_other": options.allow_other,
+        "default_permissions": options.default_permissions,
+    }
+    return [name for name, is_on in chosen.items() if is_on]
+
+
+def raise_read_ahead(mountpoint: Path) -> None:
+    """Let buffered readers send large requests; only root may, others keep the default."""
+    there = mounted_at(str(mountpoint))
+    if there is not None:
+        knob = Path(f"/sys/class/bdi/{there.major}:{there.minor}/read_ahead_kb")
+        with contextlib.suppress(OSError):
+            knob.write_text(str(READ_AHEAD_KB))
+
+
+def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
+    """Unmount; with `lazy` even while files are open.
+
+    Raises:
+        Busy: files are open; names the processes that hold them.
+        NotFound: nothing is mounted there.
+        StorageFailed: refused for another reason.
+    """
+    if os.geteuid() == 0:
+        if _libc.umount2(os.fsencode(mountpoint), _MNT_DETACH if lazy else 0) == 0:
+            return
+        code = ctypes.get_errno()
+        detail = os.strerror(code)
+    else:
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"}
+        )
+        if done.returncode == 0:
+            return
+        detail = done.stderr.strip()
+        code = errno.EBUSY if "busy" in detail.lower() else errno.EPERM
+        if mounted_at(str(mountpoint)) is None:
+            code = errno.EINVAL
+    if code == errno.EBUSY:
+        held = holders(str(mountpoint))
+        by = f" by {', '.join(held)}" if held else ""
+        raise Busy(mountpoint, f"files are open{by}; stop the virtual machines first")
+    if code in (errno.EINVAL, errno.ENOENT):
+        raise NotFound(mountpoint, "nothing is mounted there")
+    raise StorageFailed(mountpoint, f"umount failed: {detail}")
+
+
+def holders(mountpoint: str) -> list[str]:
+    """Return "name (pid)" of processes with files, maps or directories under the mount point."""
+    prefix = mountpoint.rstrip("/") + "/"
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            if _is_holder(process, mountpoint, prefix):
+                found.append(f"{(process / 'comm').read_text().strip()} ({process.name})")
+        except OSError:
+            continue  # gone, or not ours to look at
+        if len(found) >= _HOLDERS_MAX:
+            break
+    return found
+
+
+def _is_holder(process: Path, mountpoint: str, prefix: str) -> bool:
+    links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
+    for link in links:
+        with contextlib.suppress(OSError):
+            target = os.readlink(link)
+            if target == mountpoint or target.startswith(prefix):
+                return True
+    return any(prefix in line for line in (process / "maps").read_text().splitlines())
+
+
+def _unescape(text: str) -> str:
+    """Undo the octal escapes of /proc/self/mountinfo."""
+    for code in ("\\040", "\\011", "\\012", "\\134"):
+        text = text.replace(code, chr(int(code[1:], 8)))
+    return text

@@ -1,0 +1,394 @@
+"""The data lane: serves the hot requests of /dev/fuse itself, hands every other to the relay.
+
+READ, WRITE, FSYNC, FALLOCATE and LSEEK are answered here; the rest is passed on byte for byte
+and answered by pyfuse3. Requests are untrusted input: lengths, handles and offsets are checked,
+what cannot be parsed goes on to pyfuse3. Knows images only through `Disk` and `Disks`.
+
+Concurrency: one task, `run`, reads the device and never waits for a disk: it answers at once what
+`try_read` and `try_write` can, and starts a task for whatever would wait. The receive buffer
+belongs to `run` and is overwritten by the next read, so data for a task is copied. Answers are
+written by `run` and by the tasks; each write to the device is one whole answer. `run` lets the
+other tasks of the mount run every `YIELD_EVERY` requests, and at once when it started one.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import select
+import time
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from sealfs.image.plan import Buffer
+from sealfs.mount import protocol
+from sealfs.mount.driver import Disk, Disks
+from sealfs.mount.failures import Failures
+from sealfs.mount.handles import SYNC_FLAGS, Handle, Handles
+from sealfs.mount.protocol import (
+    BODY,
+    FALLOCATE_IN,
+    FSYNC_IN,
+    IN_START,
+    LSEEK_IN,
+    LSEEK_OUT,
+    OFFSET_MAX,
+    OUT_HEADER,
+    READ_IN,
+    READ_START,
+    WRITE_DATA,
+    WRITE_OUT,
+    WRITE_START,
+    Fallocate,
+    Opcode,
+)
+from sealfs.mount.relay import Relay
+
+SPIN_NS = 30_000  # how long to poll before waiting: a wake-up through epoll costs about that
+SPIN_OFF_NS = 1_000_000  # no request for so long: the guest is idle, waiting is free
+YIELD_EVERY = 64  # requests served in a row
+BUFFER_SIZE = (1 << 20) + (64 << 10)  # max_write 1 MiB and headers
+REQUEST_SIZE_MAX = 1 << 20
+BODY_OUT = OUT_HEADER.size
+
+_pack = OUT_HEADER.pack
+
+log = logging.getLogger("sealfs.mount")
+
+
+class DeviceGone(Exception):
+    """The kernel has ended the connection: unmounted."""
+
+
+class Lane:
+    """Reads /dev/fuse and answers the hot requests."""
+
+    def __init__(
+        self,
+        device_fd: int,
+        *,
+        relay: Relay,
+        handles: Handles,
+        disks: Disks,
+        failures: Failures,
+        spin_ns: int = SPIN_NS,
+    ) -> None:
+        self._fd = device_fd
+        self._relay = relay
+        self._handles = handles.by_number
+        self._disks = disks
+        self._failures = failures
+        self._spin_ns = spin_ns
+        self._due = False  # another task can go on: yield before spinning
+        self._last_request_ns = 0
+        self._buffer = mmap.mmap(-1, BUFFER_SIZE)  # plaintext passes here: keep it out of dumps
+        self._buffer.madvise(mmap.MADV_DONTDUMP)
+        self._view = memoryview(self._buffer)
+        self._poll = select.poll()
+        for fd in (device_fd, relay.fileno(), disks.workers.wake_fd):
+            self._poll.register(fd, select.POLLIN)
+        self.served: dict[str, int] = {"read": 0, "write": 0, "waited": 0, "passed_on": 0}
+
+    async def run(self) -> None:
+        """Serve until the file system is unmounted."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                await self._loop()
+            except DeviceGone:
+                log.debug("unmounted: %s", self.served)
+
+    async def _loop(self) -> None:
+        fd, buffers, unpack = self._fd, [self._view], IN_START.unpack_from
+        readv, buffer, served = os.readv, self._buffer, self.served
+        read, write = int(Opcode.READ), int(Opcode.WRITE)  # an enum's lookup costs 40 ns
+        in_a_row = 0
+        while True:
+            try:
+                count = readv(fd, buffers)
+            except BlockingIOError:
+                await self._wait()
+                in_a_row = 0
+                continue
+            except OSError as exc:
+                if exc.errno == errno.ENODEV:
+                    raise DeviceGone from None
+                if exc.errno in (errno.EINTR, errno.ENOENT):
+                    continue  # a signal, or the request was given up before we had it
+                raise
+            if count < BODY:
+                if count == 0:
+                    raise DeviceGone
+                log.error("a request of %d bytes is shorter than its header", count)
+                continue
+            length, opcode, unique = unpack(buffer)
+            try:
+                if length != count:
+                    self._pass_on(count)
+                elif opcode == read:
+                    served["read"] += 1
+                    self._read(unique, count)
+                elif opcode == write:
+                    served["write"] += 1
+                    self._write(unique, count)
+                elif opcode == Opcode.FSYNC:
+                    self._fsync(unique, count)
+                elif opcode == Opcode.FALLOCATE:
+                    self._fallocate(unique, count)
+                elif opcode == Opcode.LSEEK:
+                    self._lseek(unique, count)
+                elif opcode == Opcode.INTERRUPT:
+                    self._interrupt(count)
+                else:
+                    self._pass_on(count)
+            except Exception as exc:
+                # One failing request never ends the mount.
+                self._answer_error(unique, self._failures.errno_of(exc))
+            in_a_row += 1
+            if in_a_row >= YIELD_EVERY:
+                in_a_row = 0
+                self._due = False
+                await trio.lowlevel.checkpoint()
+
+    async def _wait(self) -> None:
+        """Return when the device is likely readable; poll a while first if the guest is busy."""
+        if self._due:
+            self._due = False
+            await trio.lowlevel.checkpoint()
+            return
+        now = time.perf_counter_ns()
+        if self._spin_ns and now - self._last_request_ns < SPIN_OFF_NS:
+            end, poll = now + self._spin_ns, self._poll.poll
+            while True:
+                ready = poll(0)
+                if ready:
+                    if all(fd != self._fd for fd, _ in ready):
+                        await trio.lowlevel.checkpoint()
+                    elif len(ready) > 1:
+                        self._due = True
+                    self._last_request_ns = time.perf_counter_ns()
+                    return
+                if time.perf_counter_ns() > end:
+                    break
+        await trio.lowlevel.wait_readable(self._fd)
+        self._last_request_ns = time.perf_counter_ns()
+
+    # Requests, served at once or by a task.
+
+    def _read(self, unique: int, count: int) -> None:
+        if count < BODY + READ_IN.size:
+            self._pass_on(count)
+            return
+        fh, offset, size = READ_START.unpack_from(self._buffer, BODY)
+        handle = self._handles.get(fh)
+        if handle is None:
+            self._answer_error(unique, errno.EBADF)
+        elif offset > OFFSET_MAX - size or size > REQUEST_SIZE_MAX:
+            self._answer_error(unique, errno.EINVAL)
+        else:
+            disk = handle.disk
+            try:
+                data = disk.opened.try_read(offset, size)
+            except Exception as exc:
+                self._fail(unique, disk, exc)
+                return
+            if data is None:
+                self._start(unique, disk, self._read_slowly, disk, offset, size)
+            elif data:
+                try:
+                    os.writev(self._fd, (_pack(BODY_OUT + len(data), 0, unique), data))
+                except OSError as exc:
+                    _not_taken(exc)
+            else:
+                self._answer_error(unique, 0)
+
+    async def _read_slowly(self, disk: Disk, offset: int, size: int) -> Buffer:
+        data: Buffer = await self._disks.workers.drive(disk.opened.read_steps(offset, size))
+        return data
+
+    def _write(self, unique: int, count: int) -> None:
+        if count < WRITE_DATA:
+            self._pass_on(count)
+            return
+        fh, offset, size, _, _, flags = WRITE_START.unpack_from(self._buffer, BODY)
+        handle = self._handles.get(fh)
+        if handle is None or not handle.is_writable:
+            self._answer_error(unique, errno.EBADF)
+        elif count != WRITE_DATA + size or offset > OFFSET_MAX - size:
+            self._answer_error(unique, errno.EINVAL)
+        else:
+            disk = handle.disk
+            data = self._view[WRITE_DATA:count]
+            try:
+                accepted = disk.opened.try_write(offset, data)
+            except Exception as exc:
+                self._fail(unique, disk, exc)
+                return
+            durable = bool(flags & SYNC_FLAGS) or handle.is_synchronous
+            if not accepted:
+                copy = bytearray(data)
+                self._start(unique, disk, self._write_slowly, disk, offset, copy, durable)
+                return
+            self._disks.wrote()
+            if durable:
+                self._start(unique, disk, self._commit, disk, size)
+            else:
+                self._send(WRITE_OUT.pack(WRITE_OUT.size, 0, unique, size, 0))
+
+    async def _write_slowly(
+        self, disk: Disk, offset: int, data: bytearray, durable: bool
+    ) -> Buffer:
+        await self._disks.write(disk, offset, data, durable=durable)
+        return _written(len(data))
+
+    async def _commit(self, disk: Disk, size: int) -> Buffer:
+        await disk.flush()
+        return _written(size)
+
+    def _fsync(self, unique: int, count: int) -> None:
+        handle = self._handle_of(unique, count, FSYNC_IN.size)
+        if handle is None:
+            return
+        if handle.disk.is_settled():
+            self._answer_error(unique, 0)
+        else:
+            self._start(unique, handle.disk, self._flush, handle.disk)
+
+    async def _flush(self, disk: Disk) -> Buffer:
+        await disk.flush()
+        return b""
+
+    def _fallocate(self, unique: int, count: int) -> None:
+        handle = self._handle_of(unique, count, FALLOCATE_IN.size)
+        if handle is None:
+            return
+        _, offset, length, mode, _ = FALLOCATE_IN.unpack_from(self._buffer, BODY)
+        if not handle.is_writable:
+            self._answer_error(unique, errno.EBADF)
+        elif length == 0 or offset > OFFSET_MAX or length > OFFSET_MAX - offset:
+            self._answer_error(unique, errno.EINVAL)
+        elif mode not in (
+            0,
+            Fallocate.KEEP_SIZE,
+            Fallocate.KEEP_SIZE | Fallocate.PUNCH_HOLE,
+            Fallocate.ZERO_RANGE,
+            Fallocate.ZERO_RANGE | Fallocate.KEEP_SIZE,
+        ):
+            self._answer_error(unique, errno.EOPNOTSUPP)
+        else:
+            self._start(unique, handle.disk, self._allocate, handle.disk, offset, length, mode)
+
+    async def _allocate(self, disk: Disk, offset: int, length: int, mode: int) -> Buffer:
+        if mode & (Fallocate.PUNCH_HOLE | Fallocate.ZERO_RANGE):
+            await disk.discard(offset, length)
+        if not mode & Fallocate.KEEP_SIZE:
+            await disk.extend(offset + length)
+        if not mode & (Fallocate.PUNCH_HOLE | Fallocate.ZERO_RANGE):
+            await disk.preallocate(offset, length)
+        return b""
+
+    def _lseek(self, unique: int, count: int) -> None:
+        handle = self._handle_of(unique, count, LSEEK_IN.size)
+        if handle is None:
+            return
+        _, offset, whence, _ = LSEEK_IN.unpack_from(self._buffer, BODY)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            self._answer_error(unique, errno.EINVAL)
+        elif offset > OFFSET_MAX:
+            self._answer_error(unique, errno.ENXIO)
+        else:
+            self._start(unique, handle.disk, self._seek, handle.disk, offset, whence)
+
+    async def _seek(self, disk: Disk, offset: int, whence: int) -> Buffer:
+        found = await disk.seek(offset, whence)
+        if found is None:
+            raise OSError(errno.ENXIO, "nothing beyond")
+        return LSEEK_OUT.pack(found)
+
+    def _interrupt(self, count: int) -> None:
+        """Pass on an INTERRUPT only for what pyfuse3 holds.
+
+        A request that the lane holds ends by itself soon: it waits for a disk, never for a user.
+        One that is answered already is nobody's, and libfuse would remember it for ever.
+        """
+        unique = protocol.parse_interrupt(self._view[:count])
+        if unique is None or self._relay.is_outstanding(unique):
+            self._pass_on(count)
+
+    def _handle_of(self, unique: int, count: int, body_size: int) -> Handle | None:
+        """Return the handle a request begins with; None if it was answered or passed on."""
+        if count < BODY + body_size:
+            self._pass_on(count)
+            return None
+        handle = self._handles.get(LSEEK_OUT.unpack_from(self._buffer, BODY)[0])
+        if handle is None:
+            self._answer_error(unique, errno.EBADF)
+        return handle
+
+    def _pass_on(self, count: int) -> None:
+        self.served["passed_on"] += 1
+        self._relay.forward(bytearray(self._view[:count]))
+        self._due = True
+
+    # Tasks and answers.
+
+    def _start(
+        self, unique: int, disk: Disk, serve: Callable[..., Awaitable[Buffer]], *args: object
+    ) -> None:
+        self.served["waited"] += 1
+        self._nursery.start_soon(self._task, unique, disk, serve, args)
+        self._due = True
+
+    async def _task(
+        self,
+        unique: int,
+        disk: Disk,
+        serve: Callable[..., Awaitable[Buffer]],
+        args: tuple[object, ...],
+    ) -> None:
+        try:
+            body = await serve(*args)
+        except trio.Cancelled:
+            # The mount ends under the request; the kernel must not wait for an answer.
+            self._answer_error(unique, errno.EIO)
+            raise
+        except Exception as exc:
+            self._fail(unique, disk, exc)
+        else:
+            self._answer(unique, body)
+
+    def _fail(self, unique: int, disk: Disk, exc: Exception) -> None:
+        code = self._failures.errno_of(exc, image=str(disk.path), vm_id=disk.vm_id)
+        self._answer_error(unique, code)
+
+    def _answer(self, unique: int, body: Buffer) -> None:
+        size = len(body)
+        if not size:
+            self._answer_error(unique, 0)
+            return
+        try:
+            os.writev(self._fd, [OUT_HEADER.pack(OUT_HEADER.size + size, 0, unique), body])
+        except OSError as exc:
+            _not_taken(exc)
+
+    def _answer_error(self, unique: int, code: int) -> None:
+        self._send(protocol.error_reply(unique, code))
+
+    def _send(self, reply: bytes) -> None:
+        try:
+            os.write(self._fd, reply)
+        except OSError as exc:
+            _not_taken(exc)
+
+
+def _written(size: int) -> bytes:
+    return WRITE_OUT.pack(0, 0, 0, size, 0)[OUT_HEADER.size :]
+
+
+def _not_taken(exc: OSError) -> None:
+    # ENOENT: the request was given up. ENODEV, EPERM: unmounted; the next read says so.
+    if exc.errno not in (errno.ENOENT, errno.ENODEV, errno.EPERM):
+        log.error("an answer was not taken: %s", exc)

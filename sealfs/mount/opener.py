@@ -1,0 +1,275 @@
+"""From a sealed file to an open image, and the file's life: made, moved, removed.
+
+The one place of the mount that meets both the image room and the key service. An image opens only
+under the path it is registered for: an authentic image that was put in another's place is refused.
+
+Order of steps on disk (a crash between any two leaves something that opens):
+create: key record durable, image complete under a temporary name, registry entry, final name.
+Move: new entries durable, rename(2), old entries removed. Remove: the file, then its entry.
+
+Concurrency: everything blocks and is called in worker threads, several at once. `_lock` is held
+while a file is made, moved or removed, so that what was found in the registry still holds when it
+is changed; only others of these wait for it. Opening takes no lock of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from sealfs.errors import AlreadyExists, ForeignImage, FormatError
+from sealfs.image.format import Identity
+from sealfs.image.image import SealedImage
+from sealfs.image.layout import geometry_for
+from sealfs.image.recovery import peek, read_identity
+from sealfs.image.storage import FileStorage
+from sealfs.mount.driver import Opened
+from sealfs.mount.names import SUFFIX, Ownership, sync_directory
+
+if TYPE_CHECKING:
+    from sealfs.image.cache import BlockCache
+
+IMAGE_KEY_SIZE = 32  # AES-256
+_PEEKS_MAX = 4096  # sizes remembered
+_HINTS_MAX = 4096  # VM ids remembered, for the log
+
+
+class RegistryEntry(Protocol):
+    """What the registry knows of one path."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def image_uuid(self) -> bytes: ...
+    @property
+    def vm_id(self) -> str: ...
+
+
+class Registry(Protocol):
+    """Which image belongs under which canonical path of this host."""
+
+    def entries(self) -> Sequence[RegistryEntry]: ...
+    def lookup(self, path: Path) -> RegistryEntry | None: ...
+    def add(self, path: Path, image_uuid: bytes, vm_id: str, *, replace: bool = False) -> None: ...
+    def remove(self, path: Path) -> None: ...
+
+
+class VmKey(Protocol):
+    """A VM's unsealed key, wiped by `with`."""
+
+    @property
+    def kmi(self) -> str: ...
+    @property
+    def recovery_slots(self) -> tuple[bytes, ...]: ...
+    def unwrap_image_key(self, image_uuid: bytes, wrapped: bytes) -> bytearray: ...
+    def wrap_image_key(self, image_uuid: bytes, image_key: bytearray) -> bytes: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class Keys(Protocol):
+    """The key service as the mount needs it; any thread may call it."""
+
+    @property
+    def registry(self) -> Registry: ...
+    def unseal(self, kmi: str, vm_id: str) -> VmKey: ...
+    def ensure(self, vm_id: str) -> VmKey: ...
+    def random(self, size: int) -> bytes: ...
+
+
+class Opener:
+    """Opens, makes, moves and removes sealed files, keeping the registry in step."""
+
+    def __init__(self, keys: Keys, cache: BlockCache, *, read_only: bool) -> None:
+        self._keys = keys
+        self._cache = cache
+        self._read_only = read_only
+        self._lock = threading.Lock()
+        self._vm_ids: dict[str, str] = {}
+        self._sizes: dict[tuple[int, int], tuple[int, int, int]] = {}
+
+    def vm_id_of(self, path: Path) -> str:
+        """Return the VM id last read from this file, for the log; empty if it was never read."""
+        return self._vm_ids.get(str(path), "")
+
+    def open(self, path: Path) -> Opened:
+        """Lock, identify, check the registry, unseal, recover.
+
+        The image reads the key it is given as long as it is open: whoever closes it wipes the key.
+
+        Raises:
+            Busy: another process has the image.
+            ForeignImage: not the image that is registered under this path.
+            KeyServiceError: the key is missing, revoked or refused.
+            FormatError, IntegrityError, RolledBack, StorageFailed: the image itself.
+        """
+        storage = FileStorage.open(path, read_only=self._read_only)
+        try:
+            identity = read_identity(storage)
+            self._remember(path, identity.vm_id)
+            self._check_registered(path, identity)
+            key = self._image_key(path, identity)
+            try:
+                image = SealedImage.open(
+                    storage, image_key=key, cache=self._cache, read_only=self._read_only
+                )
+            except BaseException:
+                _wipe(key)
+                raise
+        except BaseException:
+            storage.close()
+            raise
+        return Opened(image, identity.vm_id, key)
+
+    def size_of(self, path: Path, status: os.stat_result) -> int:
+        """Return the size of the plain file, from the unverified superblock.
+
+        Raises:
+            FormatError: not a sealed image.
+        """
+        key = (status.st_dev, status.st_ino)
+        known = self._sizes.get(key)
+        if known is not None and known[:2] == (status.st_mtime_ns, status.st_ctime_ns):
+            return known[2]
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with contextlib.closing(FileStorage(fd, str(path))) as storage:
+            size = peek(storage).size
+        if len(self._sizes) >= _PEEKS_MAX:
+            self._sizes.clear()
+        self._sizes[key] = (status.st_mtime_ns, status.st_ctime_ns, size)
+        return size
+
+    def create(self, path: Path, vm_id: str, owner: Ownership) -> None:
+        """Make an empty sealed image for the VM `vm_id` at `path`.
+
+        Raises:
+            AlreadyExists: the path is taken, or the VM id belongs to another path.
+            KeyServiceError: no key could be made.
+        """
+        if os.path.lexists(path):
+            raise AlreadyExists(path, "exists")
+        temporary = path.parent / f".{uuid.uuid4().hex}.new"
+        with self._lock:
+            for entry in self._keys.registry.entries():
+                if entry.vm_id == vm_id and entry.path != str(path):
+                    raise AlreadyExists(
+                        path, f'VM id "{vm_id}" belongs to "{entry.path}"; choose another name'
+                    )
+            key = bytearray(self._keys.random(IMAGE_KEY_SIZE))
+            image_uuid = uuid.uuid4().bytes
+            with self._keys.ensure(vm_id) as vm_key:
+                # Crash here: a key without an image; the next create of that VM uses it.
+                identity = Identity(
+                    uuid=image_uuid,
+                    vm_id=vm_id,
+                    kmi=vm_key.kmi,
+                    created=int(time.time()),
+                    wrapped_keys=((1, vm_key.wrap_image_key(image_uuid, key)),),
+                    recovery_slots=vm_key.recovery_slots,
+                )
+            try:
+                self._create_at(temporary, identity, key, owner)
+                self._keys.registry.add(path, image_uuid, vm_id, replace=True)
+                # Crash here: an entry without a file; the next create replaces it.
+                os.link(temporary, path)  # unlike rename, never replaces another's file
+            except FileExistsError:
+                raise AlreadyExists(path, "exists") from None
+            finally:
+                _wipe(key)
+                temporary.unlink(missing_ok=True)
+            sync_directory(path.parent)
+
+    def remove(self, path: Path) -> None:
+        """Remove a sealed file and its registry entry; the VM's key stays."""
+        with self._lock:
+            path.unlink()
+            sync_directory(path.parent)
+            # Crash here: an entry without a file, which the next create replaces.
+            self._keys.registry.remove(path)
+
+    def move(self, old: Path, new: Path) -> None:
+        """Rename a sealed file, or a directory with all sealed files below it."""
+        moves = list(_moves(old, new))
+        with self._lock:
+            registry = self._keys.registry
+            for source, target in moves:
+                entry = registry.lookup(source)
+                if entry is not None:
+                    registry.add(target, entry.image_uuid, entry.vm_id, replace=True)
+            # Crash here: two entries for one image; it opens under the old name.
+            old.rename(new)
+            sync_directory(new.parent)
+            if old.parent != new.parent:
+                sync_directory(old.parent)
+            # Crash here: it opens under the new name; the old entry names no file.
+            for source, _ in moves:
+                registry.remove(source)
+
+    def _create_at(self, path: Path, identity: Identity, key: bytearray, owner: Ownership) -> None:
+        storage = FileStorage.create(path)
+        try:
+            SealedImage.create(
+                storage, identity=identity, image_key=key, size=0, geometry=geometry_for(0)
+            )
+            if os.geteuid() == 0:
+                os.fchown(storage.fileno(), owner.uid, owner.gid)
+            os.fchmod(storage.fileno(), owner.mode)
+        finally:
+            storage.close()
+
+    def _check_registered(self, path: Path, identity: Identity) -> None:
+        entry = self._keys.registry.lookup(path)
+        if entry is None:
+            raise ForeignImage(
+                path,
+                f'VM "{identity.vm_id}": is not registered under this path '
+                "(moved outside sealfs, or brought from another host); register it",
+            )
+        if entry.image_uuid != identity.uuid or entry.vm_id != identity.vm_id:
+            raise ForeignImage(
+                path,
+                f'image {identity.uuid.hex()} of VM "{identity.vm_id}" stands where '
+                f'{entry.image_uuid.hex()} of VM "{entry.vm_id}" is registered '
+                "(moved outside sealfs, or exchanged by somebody)",
+            )
+
+    def _image_key(self, path: Path, identity: Identity) -> bytearray:
+        wanted = identity.key_generation
+        for generation, wrapped in identity.wrapped_keys:
+            if generation == wanted:
+                with self._keys.unseal(identity.kmi, identity.vm_id) as vm_key:
+                    return vm_key.unwrap_image_key(identity.uuid, wrapped)
+        raise FormatError(path, f"identity has no image key of generation {wanted}")
+
+    def _remember(self, path: Path, vm_id: str) -> None:
+        if len(self._vm_ids) >= _HINTS_MAX:
+            self._vm_ids.clear()
+        self._vm_ids[str(path)] = vm_id
+
+
+def _moves(old: Path, new: Path) -> list[tuple[Path, Path]]:
+    """Return (from, to) for each sealed file that a rename concerns."""
+    if not stat.S_ISDIR(old.lstat().st_mode):
+        return [(old, new)]
+    return [
+        (path, new / path.relative_to(old))
+        for path in old.rglob(f"*{SUFFIX}")
+        if path.is_file() and not path.is_symlink()
+    ]
+
+
+def _wipe(key: bytearray) -> None:
+    key[:] = bytes(len(key))

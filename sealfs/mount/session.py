@@ -1,0 +1,395 @@
+"""A mount from beginning to end: wires the rooms together, serves, ends cleanly.
+
+`mount_directory` and `unmount` are what the command line calls. Knows the order of things: checks,
+fork, hardening, keys, mount(2), pyfuse3, the event loop; and back: unmounted, images flushed and
+closed, waiters told, gone.
+
+Concurrency: `Session.run` owns the trio run. In its outer nursery live the collector of the worker
+threads and the control socket, until the images are closed; in the inner one whatever serves the
+kernel, until the file system is unmounted or a signal comes. Images are closed after the inner
+nursery has ended, so nothing is acknowledged any more while they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyfuse3
+import trio
+
+from sealfs.errors import NotFound, SealfsError, StorageFailed, UsageError
+from sealfs.image.cache import BlockCache
+from sealfs.mount import control, daemon, kernel, names
+from sealfs.mount.control import ControlServer, Document, RunningMount, find_mount, run_directory
+from sealfs.mount.driver import Disks
+from sealfs.mount.failures import Failures
+from sealfs.mount.handles import Handles
+from sealfs.mount.lane import Lane
+from sealfs.mount.namespace import Namespace
+from sealfs.mount.options import MountOptions
+from sealfs.mount.relay import Relay
+from sealfs.mount.workers import Workers
+
+if TYPE_CHECKING:
+    from sealfs.mount.opener import Keys, Opener
+
+UNSEALED_NAMED_MAX = 20  # files in the warning at mount
+FAREWELL = 2.0  # seconds for waiters to read that the mount has ended
+EXIT_WAIT = 30.0  # seconds for the daemon's process to go after its images are closed
+
+log = logging.getLogger("sealfs.mount")
+
+
+class Session:
+    """One mount while it is served."""
+
+    def __init__(
+        self,
+        source: Path,
+        mountpoint: Path,
+        *,
+        options: MountOptions,
+        opener: Opener,
+        cache: BlockCache,
+        device_fd: int,
+        run_dir: Path,
+    ) -> None:
+        self._source = source
+        self._mountpoint = mountpoint
+        self._options = options
+        self._device_fd = device_fd
+        self._failures = Failures()
+        self._handles = Handles()
+        self._workers = Workers()
+        self._cache = cache
+        self._disks = Disks(
+            opener=opener,
+            workers=self._workers,
+            cache=cache,
+            failures=self._failures,
+            commit_interval=options.commit_interval,
+            idle_close=options.idle_close,
+        )
+        self._namespace = Namespace(
+            source,
+            options=options,
+            opener=opener,
+            disks=self._disks,
+            handles=self._handles,
+            failures=self._failures,
+            on_init=self._on_init,
+        )
+        there = kernel.mounted_at(str(mountpoint))
+        self._id = f"{there.minor if there else 0}"
+        self._control = ControlServer(
+            run_dir / f"{self._id}.sock",
+            {
+                "status": self._status,
+                "flush": self._flush,
+                "close": self._close,
+                "wait": self._wait,
+            },
+        )
+        self._lane: Lane | None = None
+        self._initialised = trio.Event()
+        self._ended = trio.Event()
+        self._failed: dict[str, str] = {}
+
+    async def run(self, ready: Callable[[], None]) -> int:
+        """Serve until unmounted or told to end; return the exit status."""
+        async with trio.open_nursery() as outer:
+            outer.start_soon(self._workers.collect)
+            await outer.start(self._control.run, self._control.bind())
+            try:
+                async with trio.open_nursery() as serving:
+                    await serving.start(self._disks.run)
+                    await serving.start(self._end_on_signals, serving.cancel_scope)
+                    serving.start_soon(self._announce, ready)
+                    await self._serve(serving)
+                    serving.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(shield=True):
+                    self._failed = await self._disks.close_all()
+                    self._ended.set()
+                    with trio.move_on_after(FAREWELL):
+                        await self._control.drained()
+            outer.cancel_scope.cancel()
+        return 1 if self._failed else 0
+
+    def dispose(self) -> None:
+        """End the worker threads and let go of the device."""
+        self._workers.close()
+        with contextlib.suppress(OSError):
+            os.close(self._device_fd)
+
+    async def _serve(self, serving: trio.Nursery) -> None:
+        if not self._options.lane:
+            os.set_blocking(self._device_fd, True)  # libfuse takes EAGAIN for a failure
+            pyfuse3.init(self._namespace, f"/dev/fd/{os.dup(self._device_fd)}", set())
+            try:
+                await pyfuse3.main()
+            finally:
+                pyfuse3.close(unmount=False)
+            return
+        relay = Relay(self._device_fd)
+        self._lane = Lane(
+            self._device_fd,
+            relay=relay,
+            handles=self._handles,
+            disks=self._disks,
+            failures=self._failures,
+            spin_ns=self._options.spin_ns,
+        )
+        pyfuse3.init(self._namespace, f"/dev/fd/{relay.hand_over()}", set())
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(relay.run)
+                nursery.start_soon(pyfuse3.main)
+                await self._lane.run()
+                nursery.cancel_scope.cancel()
+        finally:
+            relay.close()
+            pyfuse3.close(unmount=False)
+
+    def _on_init(self) -> None:
+        self._initialised.set()
+
+    async def _announce(self, ready: Callable[[], None]) -> None:
+        await self._initialised.wait()
+        await self._workers.run(partial(kernel.raise_read_ahead, self._mountpoint))
+        log.info('"%s" is served at "%s"', self._source, self._mountpoint)
+        ready()
+        unsealed = await self._workers.run(
+            partial(names.unsealed_files, self._source, UNSEALED_NAMED_MAX)
+        )
+        if unsealed:
+            log.warning(
+                'not sealed, therefore not shown, under "%s": %s',
+                self._source,
+                ", ".join(unsealed) + (", ..." if len(unsealed) == UNSEALED_NAMED_MAX else ""),
+            )
+
+    async def _end_on_signals(
+        self,
+        scope: trio.CancelScope,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for number in signals:
+                log.info("ends on %s", signal.Signals(number).name)
+                # Lazily: whoever still has files open gets errors from now on, no new ones come.
+                with contextlib.suppress(SealfsError):
+                    await self._workers.run(partial(kernel.unmount, self._mountpoint, lazy=True))
+                scope.cancel()
+                return
+
+    # Verbs of the control socket.
+
+    async def _status(self, request: Document) -> Document:
+        images = [
+            {
+                **disk.image.status(),
+                "path": str(disk.path),
+                "vm_id": disk.vm_id,
+                "handles": disk.handles,
+            }
+            for disk in self._disks.all()
+            if disk.image is not None
+        ]
+        return {
+            "mount": self._id,
+            "pid": os.getpid(),
+            "source": str(self._source),
+            "mountpoint": str(self._mountpoint),
+            "options": self._options.describe(),
+            "dirty": self._cache.dirty_size,
+            "requests": dict(self._lane.served) if self._lane is not None else {},
+            "images": images,
+        }
+
+    async def _flush(self, request: Document) -> Document:
+        """Flush and checkpoint one image, or all."""
+        flushed = []
+        for disk in self._disks.all():
+            if self._is_meant(request, str(disk.path)):
+                await disk.flush()
+                await disk.checkpoint()
+                flushed.append(str(disk.path))
+        return {"flushed": flushed}
+
+    async def _close(self, request: Document) -> Document:
+        """Close one image, or all, that nobody has open; their keys are dropped."""
+        closed: list[str] = []
+        in_use: list[str] = []
+        for disk in self._disks.all():
+            if self._is_meant(request, str(disk.path)):
+                is_closed = await self._disks.close_idle(disk.key)
+                (closed if is_closed else in_use).append(str(disk.path))
+        return {"closed": closed, "in_use": in_use}
+
+    async def _wait(self, request: Document) -> Document:
+        """Answer when the mount has ended and its images are closed."""
+        await self._ended.wait()
+        return {"failed": self._failed}
+
+    def _is_meant(self, request: Document, path: str) -> bool:
+        """Whether a request without a path, or with this one in either of its views, means it."""
+        wanted = request.get("path")
+        if wanted is None:
+            return True
+        below = os.path.relpath(path, self._source)[: -len(names.SUFFIX)]
+        return wanted in (path, str(self._mountpoint / below))
+
+
+def mount_directory(
+    source: Path,
+    mountpoint: Path,
+    *,
+    options: MountOptions,
+    keys: Callable[[], Keys],
+    foreground: bool = False,
+    log_file: Path | None = None,
+    verbose: int = 0,
+    run_dir: Path | None = None,
+) -> int:
+    """Serve `source` at `mountpoint`; return the exit status.
+
+    In the foreground it returns when the mount has ended; otherwise when its names are served, by
+    a daemon. `keys` is called in the process that serves, before it mounts.
+
+    Raises:
+        SealfsError: the mount did not come about, with the reason.
+    """
+    source, mountpoint = check_places(source, mountpoint)
+    if log_file is not None:
+        log_file = log_file.absolute()
+
+    def serve(ready: Callable[[], None]) -> int:
+        from sealfs.mount.opener import Opener
+
+        daemon.set_up_log(foreground=foreground, file=log_file, verbose=verbose)
+        daemon.harden()
+        cache = BlockCache(clean_max=options.cache_size, dirty_max=options.dirty_size)
+        opener = Opener(keys(), cache, read_only=options.read_only)
+        return serve_mount(
+            source,
+            mountpoint,
+            options=options,
+            opener=opener,
+            cache=cache,
+            run_dir=run_dir or run_directory(),
+            ready=ready,
+        )
+
+    if foreground:
+        return serve(lambda: None)
+    return daemon.detach(mountpoint, serve)
+
+
+def serve_mount(
+    source: Path,
+    mountpoint: Path,
+    *,
+    options: MountOptions,
+    opener: Opener,
+    cache: BlockCache,
+    run_dir: Path,
+    ready: Callable[[], None],
+) -> int:
+    """Mount and serve in this process until the mount ends; return the exit status."""
+    device_fd = kernel.mount(source, mountpoint, options)
+    try:
+        session = Session(
+            source,
+            mountpoint,
+            options=options,
+            opener=opener,
+            cache=cache,
+            device_fd=device_fd,
+            run_dir=run_dir,
+        )
+        try:
+            status: int = trio.run(session.run, ready)
+        finally:
+            session.dispose()
+    finally:
+        # Normally unmounted already; never leave a dead mount point behind.
+        there = kernel.mounted_at(str(mountpoint))
+        if there is not None and there.fstype == kernel.FSTYPE:
+            with contextlib.suppress(SealfsError):
+                kernel.unmount(mountpoint, lazy=True)
+    return status
+
+
+def check_places(source: Path, mountpoint: Path) -> tuple[Path, Path]:
+    """Return both as canonical absolute paths.
+
+    Raises:
+        NotFound, UsageError, Busy: one is missing, no directory, in use, or within the other.
+    """
+    if not source.exists():
+        raise NotFound(source, "no such directory")
+    if not source.is_dir():
+        raise UsageError(source, "is not a directory")
+    kernel.check_mountpoint(mountpoint)
+    source, mountpoint = source.resolve(), mountpoint.resolve()
+    if source == mountpoint or source in mountpoint.parents or mountpoint in source.parents:
+        raise UsageError(
+            mountpoint,
+            f'the mount point and the source directory "{source}" must not contain one another',
+        )
+    return source, mountpoint
+
+
+def unmount(mountpoint: Path, *, run_dir: Path | None = None) -> None:
+    """Unmount, and return when the daemon has closed its images and gone.
+
+    Raises:
+        Busy: files are open; names the processes.
+        NotFound: nothing is mounted there.
+        StorageFailed: an image could not be closed cleanly; recovery at its next open decides.
+    """
+    with contextlib.suppress(OSError):
+        mountpoint = mountpoint.resolve()
+    found = find_mount(mountpoint, run_dir)
+    if found is None or found.status["mountpoint"] != str(mountpoint):
+        # Nobody serves it: a dead mount, or none.
+        kernel.unmount(mountpoint)
+        return
+    _unmount_running(found, mountpoint)
+
+
+def _unmount_running(found: RunningMount, mountpoint: Path) -> None:
+    pid = int(found.status["pid"])
+    with control.connection(found.socket_path) as stream:
+        stream.sendall(b'{"verb": "wait"}\n')
+        watcher = _open_pidfd(pid)
+        try:
+            kernel.unmount(mountpoint)
+            answer: dict[str, Any] = control.receive(stream, found.socket_path)
+            if watcher is not None:
+                select.select([watcher], [], [], EXIT_WAIT)
+        finally:
+            if watcher is not None:
+                os.close(watcher)
+    failed = answer["failed"]
+    if failed:
+        path, reason = next(iter(failed.items()))
+        raise StorageFailed(path, f"was not closed cleanly: {reason}")
+
+
+def _open_pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None  # gone already, or this command runs in the same process

@@ -1,0 +1,336 @@
+"""What the live tests of the mount share: a tiny key service, a fake image, and a running mount.
+
+`TinyKeys` stands in for the key service: keys derived from a file, a registry in a JSON file. So
+these tests need no TPM. `FakeImage` is a disk in memory with the image's interface, for tests and
+measurements of the lane alone. Run as a program, this module serves a mount in the foreground.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from sealfs.errors import KeyRefused
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE = 30.0  # seconds for whatever should take a moment
+
+
+# A key service without a TPM.
+
+
+class TinyRegistry:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _read(self) -> dict[str, list[str]]:
+        return json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[dict[str, list[str]]]:
+        with open(self._path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            content = self._read()
+            yield content
+            temporary = self._path.with_suffix(".new")
+            temporary.write_text(json.dumps(content))
+            temporary.rename(self._path)
+
+    def lookup(self, path: Path) -> Any:
+        found = self._read().get(str(path))
+        return _entry(str(path), found) if found else None
+
+    def entries(self) -> list[Any]:
+        return [_entry(path, found) for path, found in self._read().items()]
+
+    def add(self, path: Path, uuid: bytes, vm_id: str, *, replace: bool = False) -> None:
+        with self._change() as content:
+            content[str(path)] = [uuid.hex(), vm_id]
+
+    def remove(self, path: Path) -> None:
+        with self._change() as content:
+            content.pop(str(path), None)
+
+
+def _entry(path: str, found: list[str]) -> Any:
+    return SimpleNamespace(path=path, image_uuid=bytes.fromhex(found[0]), vm_id=found[1])
+
+
+class TinyVmKey:
+    def __init__(self, kmi: str, key: bytes) -> None:
+        self.kmi = kmi
+        self.recovery_slots: tuple[bytes, ...] = ()
+        self._key = key
+
+    def __enter__(self) -> TinyVmKey:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wrap_image_key(self, uuid: bytes, key: bytes | bytearray) -> bytes:
+        return AESGCM(self._key).encrypt(bytes(12), bytes(key), uuid)
+
+    def unwrap_image_key(self, uuid: bytes, wrapped: bytes) -> bytearray:
+        return bytearray(AESGCM(self._key).decrypt(bytes(12), wrapped, uuid))
+
+
+class TinyKeys:
+    """The key service's interface; a VM id listed in `refused` gets no key."""
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+        state.mkdir(exist_ok=True)
+        self.registry = TinyRegistry(state / "registry.json")
+
+    def unseal(self, kmi: str, vm_id: str) -> TinyVmKey:
+        refused = self._state / "refused"
+        if refused.exists() and vm_id in refused.read_text().split():
+            raise KeyRefused(vm_id, "revoked")
+        return TinyVmKey(kmi, hmac.digest(b"tests", kmi.encode(), hashlib.sha256))
+
+    def ensure(self, vm_id: str) -> TinyVmKey:
+        return self.unseal(vm_id, vm_id)
+
+    def random(self, size: int) -> bytes:
+        return os.urandom(size)
+
+
+def seal_new(state: Path, path: Path, *, vm_id: str, size: int) -> None:
+    """Make a registered sealed image at `path`."""
+    from sealfs.image.cache import BlockCache
+    from sealfs.image.image import SealedImage
+    from sealfs.mount.names import Ownership
+    from sealfs.mount.opener import Opener
+
+    opener = Opener(TinyKeys(state), BlockCache(4 << 20, 4 << 20), read_only=False)
+    opener.create(path, vm_id, Ownership(uid=0, gid=0, mode=0o600))
+    image = opener.open(path).image
+    assert isinstance(image, SealedImage)
+    image.resize(size)
+    image.close()
+
+
+def open_offline(state: Path, path: Path, registered: Path | None = None) -> Any:
+    """Open a sealed image outside any mount, with recovery; `registered` is its real path."""
+    from sealfs.image.cache import BlockCache
+    from sealfs.mount.opener import Opener
+
+    keys = TinyKeys(state)
+    if registered is not None:
+        entry = keys.registry.lookup(registered)
+        keys.registry.add(path, entry.image_uuid, entry.vm_id)
+    return Opener(keys, BlockCache(4 << 20, 4 << 20), read_only=False).open(path).image
+
+
+# A disk in memory with the image's interface.
+
+
+class FakeImage:
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = str(path)
+        self.size = size
+        self.uuid = bytes(16)
+        self.is_dirty = False
+        self.poisoned = None
+        self.oldest_dirty = None
+        self.dirty_size = 0
+        self.needs_checkpoint = self.wants_checkpoint = False
+        self._data = bytearray(size)
+        self._view = memoryview(self._data)
+
+    def try_read(self, offset: int, size: int) -> Any:
+        return self._view[offset : min(offset + size, self.size)]
+
+    def try_write(self, offset: int, data: Any) -> bool:
+        self._view[offset : offset + len(data)] = data
+        return True
+
+    def read_steps(self, offset: int, size: int) -> Any:
+        return (yield lambda: bytes(self._view[offset : min(offset + size, self.size)]))
+
+    def write_steps(self, offset: int, data: Any) -> Any:
+        yield lambda: None
+        return self.try_write(offset, data)
+
+    def _nothing(self, *_: Any) -> Any:
+        yield lambda: None
+
+    flush_steps = checkpoint_steps = close_steps = preallocate_steps = _nothing
+
+    def discard_steps(self, offset: int, size: int) -> Any:
+        yield lambda: None
+        self._view[offset : offset + size] = bytes(size)
+
+    def seek_steps(self, offset: int, whence: int) -> Any:
+        yield lambda: None
+        if offset >= self.size:
+            return None
+        return offset if whence == os.SEEK_DATA else self.size
+
+    def status(self) -> dict[str, Any]:
+        return {"size": self.size}
+
+
+class FakeOpener:
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def open(self, path: Path) -> Any:
+        return FakeImage(path, self._size), path.stem, bytearray(32)
+
+    def vm_id_of(self, path: Path) -> str:
+        return path.stem
+
+    def size_of(self, path: Path, status: os.stat_result) -> int:
+        return self._size
+
+
+# A mount that runs in its own process.
+
+
+@dataclass
+class Mounted:
+    source: Path
+    mountpoint: Path
+    state: Path
+    run_dir: Path
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def log_text(self) -> str:
+        return self.log.read_text()
+
+    def status(self) -> dict[str, Any]:
+        from sealfs.mount.control import find_mount
+
+        found = find_mount(self.mountpoint, self.run_dir)
+        assert found is not None
+        return found.status
+
+    def kill(self) -> None:
+        """Kill -9 the daemon and take the dead mount away."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        subprocess.run(["umount", "-l", str(self.mountpoint)], check=True)
+
+    def unmount(self) -> None:
+        from sealfs.mount.session import unmount
+
+        unmount(self.mountpoint, run_dir=self.run_dir)
+        assert self.process.wait(DEADLINE) == 0
+
+
+@contextlib.contextmanager
+def mounted(
+    source: Path,
+    mountpoint: Path,
+    *,
+    options: str = "",
+    fake: int = 0,
+    helper: bool = False,
+    traceback_expected: bool = False,
+) -> Iterator[Mounted]:
+    """Serve `source` at `mountpoint` by a process of its own; unmounted afterwards."""
+    base = source.parent
+    mountpoint.mkdir(exist_ok=True)
+    log = base / f"{mountpoint.name}.log"
+    log.unlink(missing_ok=True)
+    arguments = [
+        sys.executable, "-m", "tests.mount_support", str(source), str(mountpoint),
+        "--state", str(base / "state"), "--run-dir", str(base / "run"), "--log", str(log),
+        "-o", options, "--fake", str(fake),
+        *(["--helper"] if helper else []),
+    ]  # fmt: skip
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line == b"ready\n", (log.read_text() if log.exists() else "", line)
+        yield Mounted(source, mountpoint, base / "state", base / "run", log, process)
+    finally:
+        if process.poll() is None:
+            subprocess.run(["umount", str(mountpoint)], check=False, capture_output=True)
+            try:
+                process.wait(DEADLINE)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)
+                process.wait(DEADLINE)
+        if process.stdout is not None:
+            process.stdout.close()
+        if _is_mounted(mountpoint):
+            subprocess.run(["umount", "-l", str(mountpoint)], check=False)
+    text = log.read_text()
+    assert ("Traceback" in text) == traceback_expected, text
+
+
+def _is_mounted(mountpoint: Path) -> bool:
+    from sealfs.mount.kernel import mounted_at
+
+    return mounted_at(str(mountpoint)) is not None
+
+
+def wait_for(condition: Any, what: str) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, f"timed out: {what}"
+        time.sleep(0.01)
+
+
+def main() -> int:
+    from sealfs.image.cache import BlockCache
+    from sealfs.mount import daemon, kernel, session
+    from sealfs.mount.options import MountOptions
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("source", type=Path)
+    parser.add_argument("mountpoint", type=Path)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("-o", dest="options", default="")
+    parser.add_argument("--fake", type=int, default=0)
+    parser.add_argument("--helper", action="store_true", help="mount as an ordinary user does")
+    chosen = parser.parse_args()
+    options = MountOptions.parse(chosen.options, is_root=os.geteuid() == 0)
+
+    def ready() -> None:
+        print("ready", flush=True)
+
+    source, mountpoint = session.check_places(chosen.source, chosen.mountpoint)
+    daemon.set_up_log(foreground=False, file=chosen.log, verbose=1)
+    daemon.harden()
+    if chosen.helper:
+        kernel.mount = kernel.mount_by_helper
+    cache = BlockCache(clean_max=options.cache_size, dirty_max=options.dirty_size)
+    opener: Any
+    if chosen.fake:
+        opener = FakeOpener(chosen.fake)
+    else:
+        from sealfs.mount.opener import Opener
+
+        opener = Opener(TinyKeys(chosen.state), cache, read_only=options.read_only)
+    return session.serve_mount(
+        source, mountpoint, options=options, opener=opener, cache=cache,
+        run_dir=chosen.run_dir, ready=ready,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
