@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import trio
 
 from sealfs.errors import StorageFailed
+from sealfs.image.layout import BLOCK_SIZE
 from sealfs.image.plan import Buffer
 from sealfs.mount.failures import Failures
 from sealfs.mount.workers import Workers
@@ -295,7 +296,11 @@ class Disks:
         """
         image = disk.opened
         while not await self.workers.drive(image.write_steps(offset, data)):
-            await self._make_room()
+            if self.cache.free_count * BLOCK_SIZE > len(data) + 2 * BLOCK_SIZE:
+                # There is room: space of this disk is being given back. A flush comes after it.
+                await disk.flush()
+            else:
+                await self._make_room()
         self.wrote()
         if durable:
             await disk.flush()

@@ -41,6 +41,9 @@ IMAGE_KEY_SIZE = 32  # AES-256
 _PEEKS_MAX = 4096  # sizes remembered
 _HINTS_MAX = 4096  # VM ids remembered, for the log
 
+GROWING_SIZE = 1 << 30
+"""A file made through the mount is empty and grows: its journal is that of a disk of 1 GiB."""
+
 
 class RegistryEntry(Protocol):
     """What the registry knows of one path."""
@@ -222,7 +225,11 @@ class Opener:
         storage = FileStorage.create(path)
         try:
             SealedImage.create(
-                storage, identity=identity, image_key=key, size=0, geometry=geometry_for(0)
+                storage,
+                identity=identity,
+                image_key=key,
+                size=0,
+                geometry=geometry_for(GROWING_SIZE),
             )
             if os.geteuid() == 0:
                 os.fchown(storage.fileno(), owner.uid, owner.gid)

@@ -1,0 +1,32 @@
+"""Every magic number and derivation label of the key room, in one table.
+
+Each label is used for one purpose only; that is what separates the keys derived from one secret.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Files of the state directory
+HOST_MAGIC: Final = b"SEALFS\x00H"
+REGISTRY_MAGIC: Final = b"SEALFS\x00R"
+RECORD_MAGIC: Final = b"SEALFS\x00K"
+RECOVERY_SLOT_MAGIC: Final = b"SEALFS\x00W"
+
+# Payloads sealed in the TPM
+VM_PAYLOAD_MAGIC: Final = b"SFVMKEY\x01"
+HOST_PAYLOAD_MAGIC: Final = b"SFHOST\x00\x01"
+
+# Digests
+BINDING_DIGEST: Final = b"sealfs/v1/vm binding\x00"
+RECORD_NAME: Final = b"sealfs/v1/record name\x00"
+RECOVERY_FINGERPRINT: Final = b"sealfs/v1/recovery fingerprint\x00"
+RECOVERY_CHECKSUM: Final = b"sealfs/v1/recovery checksum\x00"
+
+# HKDF (RFC 5869) and HPKE (RFC 9180) info
+RANDOM_INFO: Final = b"sealfs/v1/mixed random\x00"
+RECORD_MAC_INFO: Final = b"sealfs/v1/record mac\x00"
+IMAGE_WRAP_INFO: Final = b"sealfs/v1/image key wrap\x00"
+RECOVERY_INFO: Final = b"sealfs/v1/recovery slot\x00"
+HOST_MAC_INFO: Final = b"sealfs/v1/host record mac\x00"
+REGISTRY_MAC_INFO: Final = b"sealfs/v1/registry mac\x00"

@@ -1,0 +1,223 @@
+"""The host's registry: which image belongs under which path, authenticated by the host secret.
+
+A path is the canonical path of a sealed file. The registry belongs to the state directory: each
+change takes its lock, reads the file again, writes it as a whole; reading takes no lock, because
+the file is replaced atomically. A registry that was edited, removed or brought from another host
+is refused. An older registry of this same host is not recognised here: that takes the ledger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hmac
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from sealfs.errors import AlreadyExists, KeyRecordDamaged, NoSpace, NotFound, UsageError
+from sealfs.keys import labels, wire
+from sealfs.keys.hostrecord import MAC_SIZE, UUID_SIZE
+from sealfs.keys.statedir import REGISTRY_FILE, HeldLock, StateDir
+
+REGISTRY_VERSION: Final = 1
+ENTRY_COUNT_MAX: Final = 16_384
+REGISTRY_SIZE_MAX: Final = 16 * 1024 * 1024
+"""A thousand bytes for each entry; an ordinary path takes a hundred."""
+PATH_SIZE_MAX: Final = 4096
+"""PATH_MAX, limits.h."""
+
+SubkeyLender = Callable[[bytes], contextlib.AbstractContextManager[bytearray]]
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryEntry:
+    """One sealed file. `path` may hold surrogate escapes (os.fsdecode)."""
+
+    path: str
+    image_uuid: bytes
+    vm_id: str
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "path": os.fsencode(self.path).decode("utf-8", "backslashreplace"),
+            "image_uuid": self.image_uuid.hex(),
+            "vm_id": self.vm_id,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryFile:
+    """STATE/registry: entries sorted by path, a MAC over everything before it."""
+
+    host_id: bytes
+    entries: tuple[RegistryEntry, ...]
+    mac: bytes = bytes(MAC_SIZE)
+
+    def _body(self) -> bytes:
+        parts = [
+            labels.REGISTRY_MAGIC,
+            wire.number(REGISTRY_VERSION, 2),
+            self.host_id,
+            wire.number(len(self.entries), 4),
+        ]
+        for entry in self.entries:
+            parts += [
+                wire.counted(os.fsencode(entry.path)),
+                entry.image_uuid,
+                wire.text(entry.vm_id),
+            ]
+        return b"".join(parts)
+
+    def encode(self) -> bytes:
+        return self._body() + self.mac
+
+    @classmethod
+    def decode(cls, raw: bytes, subject: str) -> Self:
+        """Parse a registry; its MAC is not checked yet.
+
+        Raises:
+            FormatError: not a registry, or of another version.
+            KeyRecordDamaged: anything else that is wrong with the bytes.
+        """
+        reader = wire.Reader(raw, subject)
+        reader.magic(labels.REGISTRY_MAGIC, "registry")
+        reader.version(REGISTRY_VERSION, "the registry")
+        host_id = reader.take(UUID_SIZE)
+        count = reader.number(4)
+        if count > ENTRY_COUNT_MAX:
+            reader.damaged(f"announces {count} entries, at most {ENTRY_COUNT_MAX} are allowed")
+        entries = tuple(
+            RegistryEntry(
+                os.fsdecode(reader.counted(PATH_SIZE_MAX, 1)),
+                reader.take(UUID_SIZE),
+                reader.identifier(),
+            )
+            for _ in range(count)
+        )
+        mac = reader.take(MAC_SIZE)
+        reader.finish()
+        return cls(host_id, entries, mac)
+
+    def with_mac(self, mac_key: bytes | bytearray) -> Self:
+        """Return the registry authenticated under the host's registry subkey."""
+        return dataclasses.replace(self, mac=hmac.digest(mac_key, self._body(), "sha256"))
+
+    def is_authentic(self, mac_key: bytes | bytearray) -> bool:
+        """Whether the MAC fits."""
+        return hmac.compare_digest(self.mac, hmac.digest(mac_key, self._body(), "sha256"))
+
+
+class Registry:
+    """The registry of one host. Any thread, any number of processes."""
+
+    def __init__(self, state: StateDir, host_id: bytes, subkey: SubkeyLender) -> None:
+        self._state = state
+        self._host_id = host_id
+        self._subkey = subkey
+        self._subject = str(state.path / REGISTRY_FILE)
+
+    def entries(self) -> list[RegistryEntry]:
+        """Return all entries, sorted by path.
+
+        Raises:
+            KeyRecordDamaged: edited, removed, or another host's.
+        """
+        with self._subkey(labels.REGISTRY_MAC_INFO) as mac_key:
+            return list(self._read(mac_key))
+
+    def lookup(self, path: Path) -> RegistryEntry | None:
+        """Return the entry of a sealed file, None where it is not registered."""
+        wanted = canonical(path)
+        return next((entry for entry in self.entries() if entry.path == wanted), None)
+
+    def add(self, path: Path, image_uuid: bytes, vm_id: str, *, replace: bool = False) -> None:
+        """Register a sealed file; durable on return. The same entry again changes nothing.
+
+        Raises:
+            AlreadyExists: another image is registered under this path and `replace` is False.
+            UsageError: a VM id or path that cannot be stored.
+            NoSpace: the registry is full.
+        """
+        wire.check_identifier(vm_id, "VM id")
+        if len(image_uuid) != UUID_SIZE:
+            raise ValueError("an image uuid has 16 bytes")
+        new = RegistryEntry(canonical(path), image_uuid, vm_id)
+
+        def change(found: dict[str, RegistryEntry]) -> None:
+            old = found.get(new.path)
+            if old is not None and old != new and not replace:
+                raise AlreadyExists(new.path, f"is registered as an image of VM {old.vm_id!r}")
+            found[new.path] = new
+
+        self._change(change)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Move an entry, over any entry of the new path; durable on return.
+
+        Raises:
+            NotFound: the old path is not registered.
+        """
+        source, target = canonical(old), canonical(new)
+
+        def change(found: dict[str, RegistryEntry]) -> None:
+            if source not in found:
+                raise NotFound(source, "is not registered")
+            found[target] = dataclasses.replace(found.pop(source), path=target)
+
+        self._change(change)
+
+    def remove(self, path: Path) -> None:
+        """Forget a sealed file; durable on return. One that is not registered is no error."""
+        wanted = canonical(path)
+        self._change(lambda found: found.pop(wanted, None))
+
+    def _change(self, change: Callable[[dict[str, RegistryEntry]], object]) -> None:
+        # The subkey first: unsealing it takes the state lock, which is not reentrant.
+        with self._subkey(labels.REGISTRY_MAC_INFO) as mac_key, self._state.lock() as held:
+            before = self._read(mac_key)
+            found = {entry.path: entry for entry in before}
+            change(found)
+            after = _sorted(found.values())
+            if after == before:
+                return
+            self._write(after, mac_key, held)
+
+    def _read(self, mac_key: bytearray) -> tuple[RegistryEntry, ...]:
+        raw = self._state.read(REGISTRY_FILE, REGISTRY_SIZE_MAX)
+        if raw is None:
+            raise KeyRecordDamaged(
+                self._subject, "the registry is gone, and init made one: it was removed"
+            )
+        found = RegistryFile.decode(raw, self._subject)
+        if found.host_id != self._host_id:
+            raise KeyRecordDamaged(self._subject, "is the registry of another host")
+        if not found.is_authentic(mac_key):
+            raise KeyRecordDamaged(self._subject, "does not authenticate: it was edited or damaged")
+        return found.entries
+
+    def _write(
+        self, entries: tuple[RegistryEntry, ...], mac_key: bytearray, held: HeldLock
+    ) -> None:
+        raw = RegistryFile(self._host_id, entries).with_mac(mac_key).encode()
+        if len(entries) > ENTRY_COUNT_MAX or len(raw) > REGISTRY_SIZE_MAX:
+            raise NoSpace(self._subject, f"holds {ENTRY_COUNT_MAX} images at most")
+        self._state.write(REGISTRY_FILE, raw, held)
+
+
+def canonical(path: Path) -> str:
+    """Return the path by which the registry knows a file; the file need not exist.
+
+    Raises:
+        UsageError: longer than any path of this system.
+    """
+    found = os.path.realpath(path)
+    if len(os.fsencode(found)) > PATH_SIZE_MAX:
+        raise UsageError(ascii(found[:64]), f"the path is longer than {PATH_SIZE_MAX} bytes")
+    return found
+
+
+def _sorted(entries: Iterable[RegistryEntry]) -> tuple[RegistryEntry, ...]:
+    return tuple(sorted(entries, key=lambda entry: os.fsencode(entry.path)))

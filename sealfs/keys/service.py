@@ -1,0 +1,330 @@
+"""The key service: makes a VM's key, has it protected, and gives it back by its KMI.
+
+What the console and the commands use, in process (C11). A key is found by its key management
+information (KMI), one to one: the VM id itself, or an opaque identifier made here that the image
+carries. The TPM is opened for each use and closed after it.
+
+Concurrency: methods block (tens of milliseconds with the embedded TPM, up to seconds with
+hardware) and may be called from any thread; call them from worker threads and do not abandon them
+on cancellation. Changes happen under the lock of the state directory, so other processes may work
+side by side. A service must not be used after a fork.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Literal, Self
+
+from sealfs.errors import (
+    AlreadyExists,
+    FormatError,
+    KeyRecordDamaged,
+    KeyRefused,
+    KeyServiceError,
+    TpmUnavailable,
+)
+from sealfs.keys import policy, provision, records, recovery, reports, wire
+from sealfs.keys.host import Host, mixed_random
+from sealfs.keys.records import KeyRecord, Origin, TpmSlot
+from sealfs.keys.registry import Registry
+from sealfs.keys.reports import InitReport, KeyInfo, SlotReport
+from sealfs.keys.vault import Vault
+from sealfs.keys.vmkey import VmKey
+
+if TYPE_CHECKING:
+    from sealfs.keys.tpm import Tpm
+
+KmiKind = Literal["vm-id", "opaque"]
+
+OPAQUE_KMI_SIZE: Final = 16
+
+_log = logging.getLogger(__name__)
+
+
+class KeyService:
+    """The keys of one host; `open` it, or `initialise` the host first."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._state = host.state
+        self._vault = Vault(host)
+        self.registry = Registry(host.state, host.record.host_id, host.subkey)
+
+    @staticmethod
+    def initialise(
+        state: Path, *, tpm: str, recovery_to: Path | None, no_recovery: bool
+    ) -> InitReport:
+        """Set up the host; safe to repeat: then it says what it found and changes nothing.
+
+        Args:
+            state: The state directory; made where it is missing.
+            tpm: `auto` (hardware), `swtpm` (embedded), `device:...` or another TCTI.
+            recovery_to: File with an organisation's public recovery key.
+            no_recovery: Do without any recovery key.
+
+        Raises:
+            UsageError: options contradict each other or what was set up before.
+            TpmUnavailable: no such TPM.
+        """
+        return provision.initialise(
+            state, tpm=tpm, recovery_to=recovery_to, no_recovery=no_recovery
+        )
+
+    @classmethod
+    def open(cls, state: Path, *, tpm: str | None = None) -> KeyService:
+        """Open the key service of an initialised host; the TPM is not asked yet.
+
+        Args:
+            state: The state directory.
+            tpm: Another way to the same TPM than the one recorded.
+
+        Raises:
+            HostNotInitialised: `initialise` comes first.
+            KeyRecordDamaged, FormatError: the host record cannot be read.
+        """
+        return cls(Host.open(state, tpm=tpm))
+
+    def close(self) -> None:
+        """Wipe the host secret kept in memory."""
+        self._host.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Making and getting keys
+
+    @staticmethod
+    def new_vm_id() -> str:
+        """Return a VM id for a VM that has no name: a UUID."""
+        return str(uuid.uuid4())
+
+    def random(self, size: int) -> bytes:
+        """Return random bytes, HKDF over the TPM's and the kernel's."""
+        with self._host.tpm() as tpm:
+            return bytes(mixed_random(tpm, size))
+
+    def create(self, vm_id: str, *, kmi: KmiKind = "vm-id", pcrs: tuple[int, ...] = ()) -> VmKey:
+        """Make a VM's key; durable on return.
+
+        Args:
+            vm_id: 1 to 255 bytes of UTF-8 without control characters.
+            kmi: Find the key by its VM id, or by an opaque identifier made here.
+            pcrs: Have the TPM give the key only while these PCRs are as they are now.
+
+        Raises:
+            AlreadyExists: this VM has a key here.
+            UsageError: a VM id or PCR list that cannot be used.
+            KeyRefused, TpmUnavailable, KeyRecordDamaged: from the TPM and the host record.
+        """
+        return self._make(vm_id, kmi, pcrs, is_existing_fine=False)
+
+    def ensure(self, vm_id: str, *, kmi: KmiKind = "vm-id", pcrs: tuple[int, ...] = ()) -> VmKey:
+        """Return the VM's key, made now if it has none: a VM may have several disks.
+
+        `kmi` and `pcrs` concern a key that is made now. Raises as `create` and `unseal`.
+        """
+        return self._make(vm_id, kmi, pcrs, is_existing_fine=True)
+
+    def unseal(self, kmi: str, vm_id: str) -> VmKey:
+        """Return the key of a KMI, for its own VM.
+
+        Raises:
+            KeyNotFound: no record of this KMI.
+            KeyRefused: the TPM or its policy refuses, or the record is another VM's.
+            KeyRecordDamaged: the record was altered, swapped or renamed.
+            TpmUnavailable: no TPM answers.
+        """
+        record = self._vault.read_known(kmi)
+        if record.vm_id != vm_id:
+            raise KeyRefused(kmi, f"is the key of VM {record.vm_id!r}, not of {vm_id!r}")
+        with self._host.tpm() as tpm:
+            return self._vault.open_record(record, tpm)
+
+    def has(self, kmi: str) -> bool:
+        """Whether there is a record file for this KMI; nothing is verified."""
+        wire.check_identifier(kmi, "KMI")
+        return self._state.read(self._state.record_file(kmi), records.RECORD_SIZE_MAX) is not None
+
+    def recover(
+        self, vm_id: str, kmi: str, recovery_slots: Sequence[bytes], recovery_key: str
+    ) -> VmKey:
+        """Open a recovery slot and make the key usable on this host; durable on return.
+
+        Works on a fresh host from what an image carries. A record whose key this TPM still
+        gives is left alone; one that does not open is replaced, and keeps its PCR list where it
+        authenticates under the recovered key. This host's recipient gets a slot of its own.
+
+        A slot proves who can open it, not who made it: an image from an untrusted place can
+        carry a key that somebody else knows.
+
+        Raises:
+            RecoveryRefused: mistyped, or no slot is for this recovery key.
+            KeyRecordDamaged: the slots are of another VM, or altered.
+            KeyRefused: this host holds another key for this VM.
+            TpmUnavailable: no TPM answers.
+        """
+        wire.check_identifier(vm_id, "VM id")
+        wire.check_identifier(kmi, "KMI")
+        private = recovery.parse_private(recovery_key)
+        raw_key = recovery.unwrap(list(recovery_slots), private, vm_id=vm_id, kmi=kmi)
+        recovered = VmKey(
+            raw_key,
+            vm_id=vm_id,
+            kmi=kmi,
+            recovery_slots=_slots_of(recovery_slots, records.binding(vm_id, kmi)),
+        )
+        try:
+            with self._state.lock() as held, self._host.tpm_under(held) as tpm:
+                pcrs: tuple[int, ...] = ()
+                try:
+                    old = self._vault.read(self._state.record_file(kmi), kmi=kmi)
+                except (FormatError, KeyRecordDamaged) as error:
+                    _log.warning("replacing the key record of %r: %s", vm_id, error)
+                    old = None
+                if old is not None:
+                    existing = self._existing(old, recovered, tpm)
+                    if existing is not None:
+                        recovered.wipe()
+                        return existing
+                    pcrs = self._authentic_pcrs(old, recovered)
+                self._vault.add_own_recipient(recovered)
+                self._vault.protect(recovered, Origin.RECOVERED, pcrs, tpm, held)
+        except BaseException:
+            recovered.wipe()
+            raise
+        return recovered
+
+    # Looking at keys
+
+    def records(self) -> list[KeyInfo]:
+        """Describe every key record; a damaged one is listed with its problem."""
+        found = []
+        name_of_key = self._host.record.storage_key.name
+        for file in self._state.record_names():
+            try:
+                record = self._vault.read(file)
+            except (FormatError, KeyServiceError) as error:
+                found.append(KeyInfo(file, "", "", "", "", (), problem=error.detail))
+                continue
+            if record is not None:
+                found.append(reports.key_info(record, file, name_of_key))
+        return sorted(found, key=lambda info: (info.vm_id, info.kmi, info.file))
+
+    def test(self, kmi: str) -> list[SlotReport]:
+        """Try every slot for real and foretell trouble; nothing is changed.
+
+        Raises:
+            KeyNotFound, KeyRecordDamaged, FormatError: there is nothing to try.
+            KeyRefused, TpmUnavailable: this TPM is not the one of init, or does not answer.
+        """
+        record = self._vault.read_known(kmi)
+        found = []
+        with self._host.tpm() as tpm:
+            state = tpm.lockout()
+            lockout = (
+                f"{'locked out' if state.locked else 'not locked'}, {state.failures} of "
+                f"{state.failures_max} failures, one forgiven each {state.recovery_s} s"
+            )
+            for index, slot in enumerate(record.tpm_slots):
+                trouble = ["the TPM is locked out"] if state.locked else []
+                trouble += self._pcr_trouble(slot, tpm)
+                try:
+                    self._vault.open_slot(record, slot, tpm).wipe()
+                    opens, detail = True, "opens"
+                except TpmUnavailable:
+                    raise
+                except KeyServiceError as error:
+                    opens, detail = False, error.detail
+                found.append(SlotReport(index, "tpm", opens, detail, tuple(trouble), lockout))
+        for index, raw in enumerate(record.recovery_slots, start=len(found)):
+            text = f"opens with recovery key {reports.recipient_text(raw)}; not tried"
+            found.append(SlotReport(index, "recovery", None, text))
+        return found
+
+    # Inside
+
+    def _make(
+        self, vm_id: str, kind: KmiKind, pcrs: tuple[int, ...], *, is_existing_fine: bool
+    ) -> VmKey:
+        wire.check_identifier(vm_id, "VM id")
+        pcrs = policy.check_pcrs(pcrs)
+        with self._state.lock() as held:
+            record = self._vault.record_of_vm(vm_id)
+            if record is not None and not is_existing_fine:
+                raise AlreadyExists(vm_id, "this VM has a key on this host already")
+            with self._host.tpm_under(held) as tpm:
+                if record is not None:
+                    return self._vault.open_record(record, tpm)
+                kmi = vm_id if kind == "vm-id" else mixed_random(tpm, OPAQUE_KMI_SIZE).hex()
+                key = VmKey(
+                    mixed_random(tpm, records.VM_KEY_SIZE),
+                    vm_id=vm_id,
+                    kmi=kmi,
+                    recovery_slots=(),
+                )
+                try:
+                    self._vault.add_own_recipient(key)
+                    self._vault.protect(key, Origin.MIXED, pcrs, tpm, held)
+                except BaseException:
+                    key.wipe()
+                    raise
+                return key
+
+    def _existing(self, old: KeyRecord, recovered: VmKey, tpm: Tpm) -> VmKey | None:
+        """Return the key that this host's record gives, None where it gives none."""
+        if old.vm_id != recovered.vm_id:
+            raise KeyRefused(old.kmi, f"this host holds it as the key of VM {old.vm_id!r}")
+        try:
+            existing = self._vault.open_record(old, tpm)
+        except TpmUnavailable:
+            raise
+        except KeyServiceError as error:
+            _log.warning("replacing the key record of %r: %s", recovered.vm_id, error)
+            return None
+        with existing.secret() as ours, recovered.secret() as theirs:
+            is_same = hmac.compare_digest(ours, theirs)
+        if not is_same:
+            existing.wipe()
+            raise KeyRefused(
+                recovered.vm_id, "this host holds another key for this VM than the slot does"
+            )
+        return existing
+
+    def _authentic_pcrs(self, old: KeyRecord, recovered: VmKey) -> tuple[int, ...]:
+        with recovered.record_mac_key() as mac_key:
+            if not old.is_authentic(mac_key):
+                return ()
+        return next((slot.pcrs for slot in old.tpm_slots), ())
+
+    def _pcr_trouble(self, slot: TpmSlot, tpm: Tpm) -> list[str]:
+        if not slot.pcrs:
+            return []
+        present = tpm.pcr_values(slot.pcrs)
+        trio = zip(slot.pcrs, slot.pcr_values, present, strict=True)
+        return [f"PCR {pcr} is not what it was" for pcr, then, now in trio if then != now]
+
+
+def _slots_of(slots: Sequence[bytes], binding: bytes) -> tuple[bytes, ...]:
+    """Keep the slots that are for this VM; what an image carries is not trusted."""
+    found: list[bytes] = []
+    for raw in slots:
+        try:
+            slot = recovery.RecoverySlot.decode(raw, "recovery slot")
+        except (FormatError, KeyRecordDamaged):
+            continue
+        if slot.binding == binding and raw not in found:
+            found.append(raw)
+    return tuple(found[: records.RECOVERY_SLOT_COUNT_MAX])

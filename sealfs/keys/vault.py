@@ -1,0 +1,176 @@
+"""Key records on this host: found, read, opened with the TPM, and made.
+
+The glue between the state directory (files), the records (bytes) and the TPM (keys). Decides
+nothing about who may ask; `service` does. Every method that takes a `Tpm` runs in the caller's
+use of it; `protect` needs the state lock as well.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from sealfs.errors import (
+    AlreadyExists,
+    FormatError,
+    KeyNotFound,
+    KeyRecordDamaged,
+    KeyRefused,
+    KeyServiceError,
+    TpmUnavailable,
+)
+from sealfs.keys import policy, records, recovery, reports, wire
+from sealfs.keys.host import Host
+from sealfs.keys.hostrecord import RecoveryKind
+from sealfs.keys.records import KeyRecord, Origin, PolicyKind, TpmSlot
+from sealfs.keys.statedir import HeldLock
+from sealfs.keys.vmkey import VmKey, wipe
+
+if TYPE_CHECKING:
+    from sealfs.keys.tpm import Tpm
+
+_log = logging.getLogger(__name__)
+
+
+class Vault:
+    """The key records of one host."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._state = host.state
+
+    # Finding and reading
+
+    def record_of_vm(self, vm_id: str) -> KeyRecord | None:
+        """Find a VM's record: under its own name, else among the opaque ones."""
+        record = self.read(self._state.record_file(vm_id), kmi=vm_id)
+        if record is not None:
+            if record.vm_id != vm_id:
+                raise AlreadyExists(vm_id, f"is the KMI of VM {record.vm_id!r}")
+            return record
+        for file in self._state.record_names():
+            try:
+                record = self.read(file)
+            except (FormatError, KeyServiceError) as error:
+                _log.warning("skipping a key record: %s", error)
+                continue
+            if record is not None and record.vm_id == vm_id:
+                return record
+        return None
+
+    def read_known(self, kmi: str) -> KeyRecord:
+        """Return the record of a KMI.
+
+        Raises:
+            KeyNotFound: there is none.
+            KeyRecordDamaged, FormatError: it cannot be read, or is another VM's.
+        """
+        wire.check_identifier(kmi, "KMI")
+        record = self.read(self._state.record_file(kmi), kmi=kmi)
+        if record is None:
+            raise KeyNotFound(kmi, "this host has no key for it")
+        return record
+
+    def read(self, file: str, *, kmi: str | None = None) -> KeyRecord | None:
+        """Read a record and check that it stands under its own name."""
+        subject = str(self._state.path / file) if kmi is None else kmi
+        raw = self._state.read(file, records.RECORD_SIZE_MAX)
+        if raw is None:
+            return None
+        record = KeyRecord.decode(raw, subject)
+        if self._state.record_file(record.kmi) != file:
+            raise KeyRecordDamaged(
+                subject, "the record in its file is another VM's: files were renamed or swapped"
+            )
+        return record
+
+    # Opening and making
+
+    def protect(
+        self, key: VmKey, origin: Origin, pcrs: tuple[int, ...], tpm: Tpm, held: HeldLock
+    ) -> None:
+        """Seal a key, prove that it opens, write its record; durable on return."""
+        values = tpm.pcr_values(pcrs) if pcrs else ()
+        digest = policy.pcr_policy(pcrs, values) if pcrs else b""
+        with key.secret() as secret:
+            payload = records.vm_payload(key.vm_id, key.kmi, secret)
+        try:
+            sealed = tpm.seal(payload, policy_digest=digest)
+        finally:
+            wipe(payload)
+        slot = TpmSlot(
+            PolicyKind.PCRS if pcrs else PolicyKind.NONE,
+            pcrs,
+            values,
+            self._host.record.storage_key.name,
+            sealed,
+        )
+        record = KeyRecord(
+            key.kmi, key.vm_id, int(time.time()), origin, (slot,), key.recovery_slots
+        )
+        with key.record_mac_key() as mac_key:
+            record = record.with_mac(mac_key)
+        with (
+            self.open_record(record, tpm) as proof,
+            key.secret() as ours,
+            proof.secret() as theirs,
+        ):
+            if not hmac.compare_digest(ours, theirs):
+                raise TpmUnavailable(key.vm_id, "the TPM gave back another key than was sealed")
+        # Crash here: no record, and nothing is sealed under this key yet.
+        self._state.write(self._state.record_file(key.kmi), record.encode(), held)
+
+    def add_own_recipient(self, key: VmKey) -> None:
+        """Wrap the key to this host's recovery recipient, unless a slot of it is there."""
+        host = self._host.record
+        if host.recovery is RecoveryKind.NONE:
+            return
+        own = recovery.fingerprint(host.recipient).hex()
+        if own in map(reports.recipient_text, key.recovery_slots):
+            return
+        if len(key.recovery_slots) >= records.RECOVERY_SLOT_COUNT_MAX:
+            _log.warning("%r has no room for this host's recovery slot", key.vm_id)
+            return
+        with key.secret() as secret:
+            slot = recovery.wrap(secret, host.recipient, vm_id=key.vm_id, kmi=key.kmi)
+        key.recovery_slots = (*key.recovery_slots, slot)
+
+    def open_record(self, record: KeyRecord, tpm: Tpm) -> VmKey:
+        """Return the key from the first slot that opens; raise the first slot's error."""
+        first: KeyServiceError | None = None
+        for slot in record.tpm_slots:
+            try:
+                return self.open_slot(record, slot, tpm)
+            except TpmUnavailable:
+                raise
+            except KeyServiceError as error:
+                first = first or error
+        raise first or KeyRefused(record.vm_id, "its record has no slot for a TPM")
+
+    def open_slot(self, record: KeyRecord, slot: TpmSlot, tpm: Tpm) -> VmKey:
+        """Return the key of one slot: unsealed, bound to this VM, the record authentic under it.
+
+        Raises:
+            KeyRefused: another TPM sealed it, or its policy refuses.
+            KeyRecordDamaged: swapped, edited or damaged.
+        """
+        if slot.storage_key_name != self._host.record.storage_key.name:
+            raise KeyRefused(
+                record.vm_id,
+                "its key was sealed by another TPM than this host's; the recovery key opens it",
+            )
+        payload = tpm.unseal(slot.sealed, pcrs=slot.pcrs, subject=record.vm_id)
+        try:
+            raw_key = records.open_vm_payload(payload, record.vm_id, record.kmi)
+        finally:
+            wipe(payload)
+        key = VmKey(
+            raw_key, vm_id=record.vm_id, kmi=record.kmi, recovery_slots=record.recovery_slots
+        )
+        with key.record_mac_key() as mac_key:
+            if record.is_authentic(mac_key):
+                return key
+        key.wipe()
+        raise KeyRecordDamaged(record.vm_id, "its key record does not authenticate: it was edited")

@@ -1,0 +1,410 @@
+"""The key room's bytes: anything either decodes to itself or is refused with a typed error."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sealfs.errors import (
+    FormatError,
+    KeyRecordDamaged,
+    KeyRefused,
+    RecoveryRefused,
+    UsageError,
+)
+from sealfs.keys import labels, policy, records, recovery, reports, wire
+from sealfs.keys.hostrecord import (
+    HostRecord,
+    RecoveryKind,
+    SealedObject,
+    StorageKeyKind,
+    StorageKeyPin,
+    host_payload,
+    open_host_payload,
+)
+from sealfs.keys.records import KeyRecord, Origin, PolicyKind, TpmSlot
+from sealfs.keys.registry import RegistryEntry, RegistryFile
+from sealfs.keys.vmkey import VmKey
+
+NAME = bytes(range(34))
+SEALED = SealedObject(b"public" * 8, b"private" * 20)
+RECORD = KeyRecord(
+    kmi="web1",
+    vm_id="web1",
+    created=1_700_000_000,
+    origin=Origin.MIXED,
+    tpm_slots=(
+        TpmSlot(PolicyKind.NONE, (), (), NAME, SEALED),
+        TpmSlot(PolicyKind.PCRS, (0, 7, 23), (b"a" * 32, b"b" * 32, b"c" * 32), NAME, SEALED),
+    ),
+    recovery_slots=(b"one" * 40, b"two" * 40),
+).with_mac(b"k" * 32)
+PIN = StorageKeyPin(StorageKeyKind.PERSISTENT, NAME, b"p" * 92, b"h" * 136)
+HOST = HostRecord(
+    bytes(16), 1_700_000_000, "swtpm", PIN, SEALED, 0x01800001, RecoveryKind.HOST, b"r" * 32
+).with_mac(b"k" * 32)
+REGISTRY = RegistryFile(
+    bytes(16),
+    (RegistryEntry("/a/\udcff.sealed", b"u" * 16, "web1"), RegistryEntry("/b", b"v" * 16, "ü/..")),
+).with_mac(b"k" * 32)
+RECIPIENT = X25519PrivateKey.from_private_bytes(b"\x42" * 32)
+SLOT = recovery.wrap(bytearray(b"K" * 64), recovery.public_of(RECIPIENT), vm_id="web1", kmi="web1")
+
+DECODERS = {
+    "record": (KeyRecord, RECORD.encode()),
+    "host": (HostRecord, HOST.encode()),
+    "registry": (RegistryFile, REGISTRY.encode()),
+    "slot": (recovery.RecoverySlot, SLOT),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoded_file_encodes_to_the_same_bytes(name):
+    kind, raw = DECODERS[name]
+    assert kind.decode(raw, "x").encode() == raw
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_truncation_and_every_appended_byte_is_refused(name):
+    kind, raw = DECODERS[name]
+    for size in range(len(raw)):
+        with pytest.raises((FormatError, KeyRecordDamaged)):
+            kind.decode(raw[:size], "x")
+    with pytest.raises(KeyRecordDamaged):
+        kind.decode(raw + b"\0", "x")
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_an_unknown_version_or_magic_is_a_format_error(name):
+    kind, raw = DECODERS[name]
+    with pytest.raises(FormatError, match="format version 9"):
+        kind.decode(raw[:8] + b"\0\x09" + raw[10:], "x")
+    with pytest.raises(FormatError, match="not a"):
+        kind.decode(b"X" + raw[1:], "x")
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_bytes_decode_to_themselves_or_are_refused(name, data):
+    kind, good = DECODERS[name]
+    raw = bytearray(good)
+    for _ in range(data.draw(st.integers(0, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(raw)))
+    candidates = [bytes(raw), bytes(raw[:cut]) + data.draw(st.binary(max_size=64))]
+    for candidate in candidates:
+        try:
+            decoded = kind.decode(candidate, "x")
+        except (FormatError, KeyRecordDamaged):
+            continue
+        assert decoded.encode() == candidate
+
+
+@settings(max_examples=200, deadline=None)
+@given(raw=st.binary(max_size=400))
+def test_random_bytes_behind_each_magic_are_refused_or_decode(raw):
+    for kind, good in DECODERS.values():
+        with contextlib.suppress(FormatError, KeyRecordDamaged):
+            kind.decode(good[:10] + raw, "x")
+
+
+def test_the_mac_of_a_record_covers_every_bit():
+    raw = RECORD.encode()
+    refused = 0
+    for position in range(len(raw)):
+        altered = bytearray(raw)
+        altered[position] ^= 1
+        try:
+            decoded = KeyRecord.decode(bytes(altered), "x")
+        except (FormatError, KeyRecordDamaged):
+            refused += 1
+            continue
+        assert not decoded.is_authentic(b"k" * 32)
+    assert refused
+    assert KeyRecord.decode(raw, "x").is_authentic(b"k" * 32)
+
+
+def test_the_mac_of_host_record_and_registry_covers_every_bit():
+    for kind, raw in (DECODERS["host"], DECODERS["registry"]):
+        for position in range(len(raw)):
+            altered = bytearray(raw)
+            altered[position] ^= 0x80
+            try:
+                decoded = kind.decode(bytes(altered), "x")
+            except (FormatError, KeyRecordDamaged):
+                continue
+            if kind is RegistryFile:
+                assert not decoded.is_authentic(b"k" * 32)
+            else:
+                with pytest.raises(KeyRecordDamaged, match="does not authenticate"):
+                    decoded.verify(b"k" * 32, "x")
+
+
+def test_too_many_slots_are_refused():
+    many = KeyRecord("a", "a", 0, Origin.MIXED, (), (b"s",) * 9)
+    with pytest.raises(KeyRecordDamaged, match="9 recovery slots"):
+        KeyRecord.decode(many.encode(), "x")
+    many = KeyRecord("a", "a", 0, Origin.MIXED, RECORD.tpm_slots * 3, ())
+    with pytest.raises(KeyRecordDamaged, match="6 TPM slots"):
+        KeyRecord.decode(many.encode(), "x")
+
+
+def test_a_full_record_fits_its_limit():
+    slot = TpmSlot(
+        PolicyKind.PCRS,
+        tuple(range(24)),
+        (bytes(32),) * 24,
+        NAME,
+        SealedObject(bytes(256), bytes(512)),
+    )
+    full = KeyRecord("k" * 255, "v" * 255, 2**63, Origin.MIXED, (slot,) * 4, (bytes(512),) * 8)
+    assert KeyRecord.decode(full.encode(), "x") == full
+
+
+@pytest.mark.parametrize("text", ["", "a\0b", "a\nb", "x" * 256, "ü" * 128, "\ud800", "a\u2028b"])
+def test_identifiers_that_cannot_be_stored_are_a_usage_error(text):
+    with pytest.raises(UsageError):
+        wire.check_identifier(text, "VM id")
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "../../etc", "-rf", " ", "100/disk", "ü" * 127, "虚拟机", "."]
+)
+def test_identifiers_that_people_use_are_accepted(text):
+    wire.check_identifier(text, "VM id")
+
+
+def test_no_two_pairs_of_vm_id_and_kmi_share_a_binding():
+    pairs = [
+        ("a", "bc"),
+        ("ab", "c"),
+        ("abc", ""),
+        ("", "abc"),
+        ("bc", "a"),
+        ("a", "b"),
+        ("b", "a"),
+    ]
+    assert len({records.binding(*pair) for pair in pairs}) == len(pairs)
+
+
+def test_a_payload_opens_for_its_own_vm_only():
+    payload = records.vm_payload("web1", "web1", b"K" * 64)
+    assert len(payload) <= 128
+    assert records.open_vm_payload(payload, "web1", "web1") == b"K" * 64
+    for vm_id, kmi in (("web2", "web1"), ("web1", "web2")):
+        with pytest.raises(KeyRecordDamaged, match="swapped"):
+            records.open_vm_payload(payload, vm_id, kmi)
+    with pytest.raises(KeyRecordDamaged):
+        records.open_vm_payload(payload[:-1], "web1", "web1")
+
+
+def test_a_host_payload_opens_for_its_own_host_only():
+    payload = host_payload(b"h" * 16, b"s" * 64)
+    assert len(payload) <= 128
+    assert open_host_payload(payload, b"h" * 16, "x") == b"s" * 64
+    with pytest.raises(KeyRecordDamaged):
+        open_host_payload(payload, b"g" * 16, "x")
+
+
+def test_labels_are_different_and_none_is_the_start_of_another():
+    table = [value for name, value in vars(labels).items() if name.isupper()]
+    assert len(table) > 10
+    for one in table:
+        assert sum(other.startswith(one) for other in table) == 1
+
+
+def test_pcr_lists_are_checked():
+    assert policy.check_pcrs([7, 0]) == (0, 7)
+    for wrong in ([24], [-1], [3, 3]):
+        with pytest.raises(UsageError):
+            policy.check_pcrs(wrong)
+
+
+# The printed recovery key
+
+
+def test_a_printed_key_reads_back_whatever_its_case_and_separators():
+    text = recovery.format_private(RECIPIENT)
+    raw = RECIPIENT.private_bytes_raw()
+    assert len(text.split("-")) == 9
+    for variant in (
+        text,
+        text.upper(),
+        text.replace("-", ""),
+        text.replace("-", " \n "),
+        f"  {text}\r\n",
+        text.replace("-", "\u2013"),
+    ):
+        assert recovery.parse_private(variant).private_bytes_raw() == raw
+
+
+def test_every_single_wrong_letter_and_every_swap_of_neighbours_is_noticed():
+    text = recovery.format_private(RECIPIENT).replace("-", "")
+    for position, letter in enumerate(text):
+        other = "b" if letter != "b" else "c"
+        with pytest.raises(RecoveryRefused, match="checksum"):
+            recovery.parse_private(text[:position] + other + text[position + 1 :])
+    for position in range(len(text) - 1):
+        if text[position] == text[position + 1]:
+            continue
+        swapped = list(text)
+        swapped[position : position + 2] = swapped[position + 1], swapped[position]
+        with pytest.raises(RecoveryRefused):
+            recovery.parse_private("".join(swapped))
+
+
+def test_the_message_about_a_typo_says_where_and_not_what():
+    text = recovery.format_private(RECIPIENT)
+    with pytest.raises(RecoveryRefused, match="letter 10 ") as caught:
+        recovery.parse_private(text[:10] + "x" + text[11:])
+    with pytest.raises(RecoveryRefused, match="71 letters, 72 are expected") as missing:
+        recovery.parse_private(text[:-1])
+    for error in (caught, missing):
+        assert text[:8] not in str(error.value)
+    for empty in ("", "   ", "-----BEGIN nonsense"):
+        with pytest.raises(RecoveryRefused):
+            recovery.parse_private(empty)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=120))
+def test_any_text_as_a_recovery_key_is_read_or_refused(text):
+    with contextlib.suppress(RecoveryRefused):
+        recovery.parse_private(text)
+
+
+def test_an_organisation_key_is_read_from_pem_or_digits():
+    public = RECIPIENT.public_key()
+    raw = public.public_bytes_raw()
+    pem = public.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    assert recovery.parse_public(pem, "f") == raw
+    assert recovery.parse_public(raw.hex().encode() + b"\n", "f") == raw
+    private_pem = RECIPIENT.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    assert (
+        recovery.parse_private(private_pem.decode()).private_bytes_raw()
+        == RECIPIENT.private_bytes_raw()
+    )
+    bad = [b"", b"zz", raw, bytes(32).hex().encode(), private_pem, raw.hex().encode() + b"00"]
+    for wrong in bad:
+        with pytest.raises(UsageError):
+            recovery.parse_public(wrong, "f")
+
+
+# Recovery slots
+
+
+def test_a_slot_opens_for_its_recipient_and_its_vm_only():
+    def open_slots(slots, private=RECIPIENT, vm_id="web1", kmi="web1"):
+        return recovery.unwrap(slots, private, vm_id=vm_id, kmi=kmi)
+
+    assert open_slots([SLOT]) == b"K" * 64
+    assert open_slots([b"rubbish", SLOT]) == b"K" * 64
+    with pytest.raises(RecoveryRefused, match="the slots are for"):
+        open_slots([SLOT], private=X25519PrivateKey.from_private_bytes(b"\x43" * 32))
+    with pytest.raises(KeyRecordDamaged, match="another VM"):
+        open_slots([SLOT], vm_id="web2")
+    with pytest.raises(KeyRecordDamaged, match="another VM"):
+        open_slots([SLOT], kmi="web2")
+    for nothing in ([], [b"", b"rubbish"]):
+        with pytest.raises(RecoveryRefused, match="no recovery slot"):
+            open_slots(nothing)
+
+
+def test_a_slot_with_any_byte_altered_does_not_open():
+    for position in range(len(SLOT)):
+        altered = bytearray(SLOT)
+        altered[position] ^= 1
+        with pytest.raises((RecoveryRefused, KeyRecordDamaged)):
+            recovery.unwrap([bytes(altered)], RECIPIENT, vm_id="web1", kmi="web1")
+
+
+def test_a_slot_relabelled_for_another_vm_does_not_open():
+    forged = recovery.RecoverySlot.decode(SLOT, "x")
+    forged = recovery.RecoverySlot(
+        forged.recipient_fingerprint, records.binding("web2", "web2"), forged.wrapped
+    )
+    with pytest.raises(KeyRecordDamaged):
+        recovery.unwrap([forged.encode()], RECIPIENT, vm_id="web2", kmi="web2")
+
+
+def test_reports_name_a_slot_by_its_recipient():
+    expected = recovery.fingerprint(recovery.public_of(RECIPIENT)).hex()
+    assert reports.recipient_text(SLOT) == expected
+
+
+# The VM key and the image keys under it
+
+
+def make_key(fill: bytes = b"K", vm_id: str = "web1", kmi: str = "web1") -> VmKey:
+    return VmKey(bytearray(fill * 64), vm_id=vm_id, kmi=kmi, recovery_slots=())
+
+
+def test_an_image_key_opens_for_its_image_and_vm_only():
+    uuid, image_key = b"u" * 16, b"I" * 32
+    wrapped = make_key().wrap_image_key(uuid, image_key)
+    opened = make_key().unwrap_image_key(uuid, wrapped)
+    assert isinstance(opened, bytearray)
+    assert opened == image_key
+    for key, image in (
+        (make_key(), b"v" * 16),
+        (make_key(b"L"), uuid),
+        (make_key(vm_id="web2"), uuid),
+        (make_key(kmi="web2"), uuid),
+    ):
+        with pytest.raises(KeyRefused):
+            key.unwrap_image_key(image, wrapped)
+    for position in range(len(wrapped)):
+        altered = bytearray(wrapped)
+        altered[position] ^= 1
+        with pytest.raises(KeyRefused):
+            make_key().unwrap_image_key(uuid, bytes(altered))
+    for wrong in (b"", wrapped[:-1], wrapped + b"\0"):
+        with pytest.raises(KeyRefused):
+            make_key().unwrap_image_key(uuid, wrong)
+
+
+def test_wrapping_twice_gives_different_bytes():
+    key = make_key()
+    assert len({key.wrap_image_key(bytes(16), bytes(32)) for _ in range(100)}) == 100
+
+
+def test_a_wiped_key_is_zeros_and_of_no_use():
+    buffer = bytearray(b"K" * 64)
+    with VmKey(buffer, vm_id="a", kmi="a", recovery_slots=()) as key:
+        key.wrap_image_key(bytes(16), bytes(32))
+    assert buffer == bytes(64)
+    with pytest.raises(ValueError, match="wiped"):
+        key.wrap_image_key(bytes(16), bytes(32))
+    with pytest.raises(ValueError, match="wiped"), key.secret():
+        pass
+
+
+def test_a_forgotten_key_wipes_itself():
+    buffer = bytearray(b"K" * 64)
+    key = VmKey(buffer, vm_id="a", kmi="a", recovery_slots=())
+    del key
+    assert buffer == bytes(64)
+
+
+def test_a_key_is_neither_pickled_nor_copied_nor_shown():
+    import copy
+    import pickle
+
+    key = make_key()
+    for take in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError):
+            take(key)
+    assert "KKKK" not in repr(key) + str(key)
+    assert "4b4b" not in repr(key) + str(key)
