@@ -113,7 +113,7 @@ async def rig(image: Image) -> AsyncIterator[Rig]:
     kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     device.setblocking(False)
     workers, handles, failures = Workers(2), Handles(), Failures()
-    cache: Any = SimpleNamespace(dirty_max=1 << 20, dirty_size=0)
+    cache: Any = SimpleNamespace(dirty_max=1 << 20, dirty_size=0, free_count=0)
     opener: Any = SimpleNamespace(open=lambda path: (image, "vm", bytearray(32)))
     disks = Disks(opener=opener, workers=workers, cache=cache, failures=failures)
     relay = Relay(device.fileno())

@@ -19,7 +19,9 @@ import pytest
 from mount_support import ROOT, mounted, open_offline, seal_new, wait_for
 
 from sealfs.errors import Busy, NotFound, StorageFailed, UsageError
-from sealfs.image.layout import BLOCK_SIZE, geometry_for
+from sealfs.image.layout import BLOCK_SIZE
+from sealfs.image.recovery import peek
+from sealfs.image.storage import FileStorage
 from sealfs.mount import daemon, kernel, session
 from sealfs.mount.control import call, find_mount
 from sealfs.mount.options import MountOptions
@@ -127,7 +129,9 @@ def test_a_damaged_block_is_eio_once_in_the_log_and_the_others_are_fine(
     image = open_offline(source.parent / "state", source / "bad.raw.sealed")
     image.write(0, b"w" * (3 * BLOCK_SIZE))
     image.close()
-    geometry = geometry_for(SIZE)
+    storage = FileStorage.peek(source / "bad.raw.sealed")
+    geometry = peek(storage).geometry
+    storage.close()
     with open(source / "bad.raw.sealed", "r+b") as file:
         count = geometry.slot_count_of(os.fstat(file.fileno()).st_size)
         for slot in range(count):
