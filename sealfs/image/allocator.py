@@ -62,6 +62,15 @@ class Allocator:
         """Return the slots that the next `release` makes available."""
         return list(self._freed)
 
+    @property
+    def freed_count(self) -> int:
+        """How many slots the next `release` makes available."""
+        return len(self._freed)
+
+    def free_slots(self) -> list[int]:
+        """Return the slots that are free, within the file."""
+        return [slot for slot, busy in enumerate(self._busy) if not busy]
+
     def put_back(self, slot: int) -> None:
         """Give back a slot that nothing durable has ever named; free at once."""
         self._busy[slot] = 0

@@ -105,7 +105,7 @@ class BlockCipher:
 
     def __init__(
         self,
-        image_keys: dict[int, Buffer],
+        image_keys: dict[int, bytearray],
         uuid: bytes,
         path: str,
         rows: Sequence[EpochRow],
@@ -131,6 +131,13 @@ class BlockCipher:
     def is_spent(self) -> bool:
         """Whether a new epoch must be drawn before the next seal."""
         return self._epoch == 0 or self._counter >= EPOCH_BLOCKS_MAX
+
+    def forget(self) -> None:
+        """Wipe the image keys and let go of what was derived from them."""
+        for key in self._image_keys.values():
+            key[:] = bytes(len(key))
+        self._image_keys.clear()
+        self._keys.clear()
 
     def begin_epoch(self, row: EpochRow) -> None:
         """Seal under this row from now on; it must be fresh and durable."""
@@ -278,15 +285,15 @@ class EpochTable:
         Raises:
             NoSpace: the table is full.
         """
-        self.check_room()
+        self.check_room(1)
         epoch = self.rows[-1].epoch + 1 if self.rows else 1
         row = EpochRow(epoch, key_generation, random(32))
         self.rows.append(row)
         return row
 
-    def check_room(self) -> None:
-        """Raise NoSpace when no epoch can be drawn."""
-        if len(self.rows) >= self.rows_max:
+    def check_room(self, count: int) -> None:
+        """Raise NoSpace when fewer than `count` epochs can be drawn."""
+        if len(self.rows) + count > self.rows_max:
             raise NoSpace(
                 self._path,
                 f"the epoch table is full ({self.rows_max} rows): blocks of so many different"

@@ -43,11 +43,10 @@ class Committer:
         """Reserve the space that committing these blocks will take; False when it must wait.
 
         Raises:
-            NoSpace: the storage, or the epoch table, is full.
+            NoSpace: the storage is full.
         """
         volume, tree = self._volume, self._tree
-        if volume.cipher.is_spent:
-            volume.table.check_room()
+        volume.reserve_chunks()
         for group, index, part in group_runs(first, count, self._geometry.group_blocks):
             if volume.is_reclaiming(group):
                 return False
@@ -126,13 +125,17 @@ class Committer:
 
     def _commit_batch_steps(self, batch: Batch) -> Steps[None]:
         yield from self._volume.commit_steps(batch, self._content)
+        # Only now: until the record is applied, a write into one of these groups must find the
+        # slot that the group is about to get.
+        for group, _ in batch.full_groups + batch.allocs:
+            self.reserved.pop(group, None)
         # Home is written now: from here on reads go to the disk.
         self._cache.finish(batch.blocks(self._geometry.group_blocks))
 
     def _decide(self, size: int, group: int, members: list[int], *, is_small: bool) -> Batch:
         """Decide how a group's dirty blocks are written (FORMAT.md 8.1)."""
         batch = Batch(size=size)
-        reserved = self.reserved.pop(group, NO_SLOT)
+        reserved = self.reserved.get(group, NO_SLOT)
         is_live = self._tree.slot_of(group) != NO_SLOT
         is_whole = len(members) == self._geometry.group_blocks
         if is_whole and (not is_small or (is_live and self._tree.leaf(group) is None)):
@@ -184,9 +187,9 @@ class Committer:
         for group in [g for g in self.reserved if not self.is_dirty_group(g)]:
             self._volume.allocator.put_back(self.reserved.pop(group))
         fanout = self._geometry.fanout
-        self._new_nodes &= {g // fanout for g in self.reserved} | {
-            i for i in self._new_nodes if i in self._tree.nodes[1]
-        }
+        nodes = self._tree.nodes[1]
+        self._new_nodes = {g // fanout for g in self.reserved} | self._new_nodes.intersection(nodes)
+        self._new_nodes -= {i for i in self._new_nodes if i in nodes and nodes[i].slot != NO_SLOT}
 
     # -- holes
 
@@ -196,20 +199,34 @@ class Committer:
         return [g for g, _, part in self._volume.live_parts(first, count) if part < whole]
 
     def discard_steps(self, first: int, count: int) -> Steps[None]:
-        """Make a run of blocks holes; `partial_groups` of it are loaded."""
-        self._reader.version += 1
-        self._cache.discard(first, count)
+        """Make a run of blocks holes; `partial_groups` of it are loaded.
+
+        The record comes first and the cache after it, in one go with the tree: whoever reads
+        meanwhile finds the old content or zeros, and never the one after the other. A write that
+        is accepted into the run meanwhile counts as one before the discard.
+        """
         holes = self._holes_in(first, count)
         # From here to the record a write into these groups waits: its slot is about to go.
         whole = self._geometry.group_blocks
         self._volume.leaving = {
             group for run in holes for group, _, part in group_runs(*run, whole) if part == whole
         }
+        start, end = first, first + count
         for at in range(0, len(holes), self._holes_max):
             batch = Batch(size=self._volume.size, holes=holes[at : at + self._holes_max])
             yield from self._volume.commit_steps(batch, self._content)
+            stop = sum(batch.holes[-1])
+            self._forget(start, stop)
+            start = stop
+        self._forget(start, end)
         self._volume.leaving = set()
         self.drop_unused_slots()
+
+    def _forget(self, first: int, end: int) -> None:
+        """Drop what the cache has of blocks that have become holes."""
+        if first < end:
+            self._cache.discard(first, end - first)
+            self._reader.version += 1
 
     def _holes_in(self, first: int, count: int) -> list[tuple[int, int]]:
         """Return the runs that a discard makes holes: what is live in it, groups it empties whole.
@@ -240,37 +257,42 @@ class Committer:
         return min(HOLES_MAX, (pages * BLOCK_SIZE - 256) // 16)
 
     def shrink_steps(self, size: int) -> Steps[None]:
-        """Cut the disk; the end of its last block has been zeroed, perhaps not yet committed."""
-        self._reader.version += 1
+        """Cut the disk; the end of its last block has been zeroed, perhaps not yet committed.
+
+        As with `discard_steps`, the record comes first and the cache after it.
+        """
         tail, end = block_count_of(size), self._geometry.size_max // BLOCK_SIZE
-        self._cache.discard(tail, end - tail)
-        newest = self._cache.dirty.get(tail - 1)
-        if newest is not None and size % BLOCK_SIZE:
-            # A write may have come between; the frame is the truth, so it is cut here.
-            at = size % BLOCK_SIZE
-            self._cache.frame(newest)[at:] = bytes(BLOCK_SIZE - at)
         whole = self._geometry.group_blocks
         self._volume.leaving = {
             group for group, _, part in self._volume.live_parts(tail, end - tail) if part == whole
         }
         # The last block and the size in one record: neither is ever seen without the other.
+        self._cut_frame(size)
         last = [block for block in (tail - 1,) if block in self._cache.dirty]
         self._cache.begin_commit(last)
         batch = Batch(size=size)
         for block in last:
             batch = self._decide(size, block // whole, [block], is_small=True)
         yield from self._commit_batch_steps(batch)
+        self._forget(tail, end)
+        self._cut_frame(size)
         self._volume.leaving = set()
         self.drop_unused_slots()
+
+    def _cut_frame(self, size: int) -> None:
+        """Zero what a write that came between has put beyond the size into the last block."""
+        frame = self._cache.dirty.get(size // BLOCK_SIZE)
+        if frame is not None and size % BLOCK_SIZE:
+            at = size % BLOCK_SIZE
+            self._cache.frame(frame)[at:] = bytes(BLOCK_SIZE - at)
 
     # -- preallocation
 
     def alloc_steps(self, groups: list[int]) -> Steps[None]:
         """Give groups their reserved slots, empty."""
         allocs = [
-            (group, self.reserved.pop(group))
+            (group, self.reserved[group])
             for group in groups
             if group in self.reserved and self._tree.slot_of(group) == NO_SLOT
         ]
-        batch = Batch(size=self._volume.size, allocs=allocs)
-        yield from self._volume.commit_steps(batch, self._content)
+        yield from self._commit_batch_steps(Batch(size=self._volume.size, allocs=allocs))

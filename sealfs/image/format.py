@@ -281,6 +281,8 @@ def decode_identity(raw: bytes, path: str) -> tuple[Identity, bytes, bytes]:
         FormatError: not an identity, or of a version this sealfs cannot read.
         IntegrityError: the checksum is wrong.
     """
+    if len(raw) < _IDENTITY.size:
+        raise FormatError(path, f"identity: {len(raw)} bytes, expected {_IDENTITY.size} or more")
     magic, version, size, checksum, mac = _IDENTITY.unpack(raw[: _IDENTITY.size])
     if magic != MAGICS["identity"]:
         raise FormatError(path, "is not a sealed image (no identity)")

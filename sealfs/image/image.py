@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sealfs.errors import NoSpace, ReadOnly, StorageFailed, UsageError
+from sealfs.errors import Busy, NoSpace, ReadOnly, StorageFailed, UsageError
 from sealfs.image import check, recovery
 from sealfs.image.cache import BlockCache
 from sealfs.image.cipher import SealHook
@@ -35,10 +35,14 @@ from sealfs.image.reader import ATTEMPTS_MAX, Reader
 from sealfs.image.steps import Steps, run
 from sealfs.image.storage import Storage
 from sealfs.image.tree import NO_SLOT
-from sealfs.image.volume import Volume
+from sealfs.image.volume import FREED_SLOTS_MAX, Volume
 
 PREALLOCATE_GROUPS = 64
 """Groups that get their slots in one record."""
+
+ROOM_WAIT = 0.01
+ROOM_ATTEMPTS_MAX = 3000
+"""Half a minute for other images to make room in the cache they share."""
 
 
 class SealedImage:
@@ -136,9 +140,11 @@ class SealedImage:
 
     @property
     def wants_checkpoint(self) -> bool:
-        """Whether the journal is half full."""
-        journal = self._volume.journal
-        return not self.read_only and journal.used_pages * 2 >= journal.page_count
+        """Whether the journal is half full, or many slots wait to be free."""
+        journal, freed = self._volume.journal, self._volume.allocator.freed_count
+        return not self.read_only and (
+            journal.used_pages * 2 >= journal.page_count or freed * 2 >= FREED_SLOTS_MAX
+        )
 
     def status(self) -> dict[str, Any]:
         """Return figures for people and programs."""
@@ -246,8 +252,12 @@ class SealedImage:
         count = len(data) // BLOCK_SIZE
         if self._cache.missing(first, count) > self._cache.free_count:
             return False
-        if not self._committer.reserve(first, count):
-            return False
+        try:
+            if not self._committer.reserve(first, count):
+                return False
+        except NoSpace:
+            self._committer.drop_unused_slots()
+            raise
         self._cache.put(first, data)
         self._reader.version += 1
         if self.oldest_dirty is None:
@@ -315,6 +325,11 @@ class SealedImage:
         ]
 
     def _check_writable(self) -> None:
+        self._check_flushable()
+        # One row of the epoch table is kept for a recovery: an image must always open.
+        self._volume.table.check_room(1 + self._volume.cipher.is_spent)
+
+    def _check_flushable(self) -> None:
         if self.read_only:
             raise ReadOnly(self.path, "is open for reading only")
         if self.poisoned is not None:
@@ -340,20 +355,16 @@ class SealedImage:
         Raises:
             StorageFailed: it did not; the image is poisoned.
         """
-        self._check_flushable()
-        if not self.is_dirty:
+        if not self.is_dirty and self.poisoned is None:
             return
+        self._check_flushable()
         self.oldest_dirty = None
         yield from self._guarded(self._committer.commit_dirty_steps(self.size))
 
-    def _check_flushable(self) -> None:
-        if not self.read_only:
-            self._check_writable()
-
     def checkpoint_steps(self) -> Steps[None]:
         """Write the tree, free the journal, punch what was discarded, exclusive."""
-        self._check_flushable()
         if self.needs_checkpoint:
+            self._check_flushable()
             yield from self._guarded(self._volume.checkpoint_steps())
             self._committer.drop_unused_slots()
 
@@ -369,8 +380,8 @@ class SealedImage:
         end = min(offset + size, self.size)
         if offset >= end:
             return
-        first = block_count_of(offset)
-        last = end // BLOCK_SIZE if end < self.size else block_count_of(end)
+        # The block in which the disk ends is an edge too: it may have grown meanwhile.
+        first, last = block_count_of(offset), end // BLOCK_SIZE
         # Unaligned head
         if first * BLOCK_SIZE > offset:
             yield from self._zero_steps(offset, min(end, first * BLOCK_SIZE))
@@ -388,8 +399,14 @@ class SealedImage:
 
     def _zero_steps(self, offset: int, end: int) -> Steps[None]:
         zeros = bytes(end - offset)
-        while not (yield from self.write_steps(offset, zeros)):
+        for _ in range(ROOM_ATTEMPTS_MAX):
+            if (yield from self.write_steps(offset, zeros)):
+                return
             yield from self.flush_steps()
+            if self._cache.free_count == 0:
+                # Other images hold the whole cache: their flushes make room.
+                yield partial(time.sleep, ROOM_WAIT)
+        raise Busy(self.path, "the dirty cache stays full")
 
     def resize_steps(self, size: int) -> Steps[None]:
         """Set the size of the disk; durable on return, exclusive.
@@ -415,8 +432,8 @@ class SealedImage:
             yield from self._zero_steps(size, stop)
         tail, end = block_count_of(size), self._geometry.size_max // BLOCK_SIZE
         yield from self._reader.load_leaves_steps(self._committer.partial_groups(tail, end - tail))
-        self.size = size
         yield from self._guarded(self._committer.shrink_steps(size))
+        self.size = size
         if not self._cache.dirty:
             self.oldest_dirty = None
 
@@ -514,6 +531,7 @@ class SealedImage:
         if not self._is_closed:
             self._is_closed = True
             self._cache.detach()
+            self._volume.cipher.forget()
             self._storage.close()
 
     # -- the same, waiting in place (command line, tests)

@@ -233,8 +233,15 @@ class Reader:
     def load_leaves_steps(self, groups: list[int]) -> Steps[None]:
         """Have the leaf pages of these groups in memory, where they have a slot."""
         for group in groups:
-            if self._tree.slot_of(group) == NO_SLOT or self._tree.leaf(group) is not None:
-                continue
-            source = self._tree.leaf_source(group)
-            page, place = yield partial(self._volume.read_leaf, group, source)
-            self._tree.admit_leaf(group, page, place, source[2])
+            failed = None
+            while self._tree.slot_of(group) != NO_SLOT and self._tree.leaf(group) is None:
+                source = self._tree.leaf_source(group)
+                try:
+                    page, place = yield partial(self._volume.read_leaf, group, source)
+                except BlockDamaged:
+                    # Twice the same: damaged. Else a checkpoint came between: look again.
+                    if failed == source:
+                        raise
+                    failed = source
+                else:
+                    self._tree.admit_leaf(group, page, place, source[2])

@@ -40,6 +40,8 @@ from sealfs.image.volume import Volume, encode_superblock, superblock_is_authent
 
 DEFAULT_GEOMETRY = Geometry()
 _ZEROS_SIZE = 1 << 20
+_ROWS_WANTED = 2
+"""Rows of the epoch table that an opening may need: for its writes, and for a recovery after it."""
 _READ_SIZE = 1 << 20
 
 
@@ -77,6 +79,8 @@ def create(
         key_generation=identity.key_generation,
         clean=True,
     )
+    # Superblocks, tables and the top page are rewritten for ever: they never lack space.
+    storage.allocate(0, geometry.slot_offset(1))
     plan: WritePlan = [(Step.TRUNCATE, geometry.slot_offset(1))]
     # The journal is written, not merely reserved: overwriting it must change no metadata of
     # the file system, or RWF_DSYNC would have to sync that as well.
@@ -156,7 +160,7 @@ def open_volume(
     """Verify an image, bring it up to date, and return it with its verified identity.
 
     Nothing is written before everything that is needed has been verified; nothing at all when
-    `read_only`, or when there is nothing to recover.
+    `read_only`, or when there is nothing to recover. The key is copied: the caller may wipe his.
 
     Raises:
         FormatError: not a sealed image, or one this sealfs cannot read.
@@ -175,7 +179,8 @@ def open_volume(
         )
     identity = _verified_identity(storage, superblock, keys)
     rows = _epoch_rows(storage, superblock, copy)
-    image_keys = {superblock.key_generation: image_key}
+    table = EpochTable(rows, geometry.table_rows_max, path)
+    image_keys = {superblock.key_generation: bytearray(image_key)}
     cipher = BlockCipher(image_keys, superblock.uuid, path, rows, on_seal)
     macs = TreeMacs(keys.tree, superblock.uuid)
     tree = Tree.load(
@@ -195,7 +200,7 @@ def open_volume(
         keys=keys,
         macs=macs,
         cipher=cipher,
-        table=EpochTable(rows, geometry.table_rows_max, path),
+        table=table,
         tree=tree,
         random=random,
         record_roots=record_roots,
@@ -214,7 +219,10 @@ def open_volume(
         expected = scanned[-1].record.root_mac
         if expected is not None and not same_mac(tree.refresh(volume.size), expected):
             raise IntegrityError(path, "the tree after replay is not the one last recorded")
-        if not read_only:
+    if not read_only:
+        if table.rows_max - len(table.rows) < _ROWS_WANTED:
+            volume.compact_table()
+        if scanned:
             _finish_recovery(volume)
     return volume, identity
 
@@ -242,8 +250,6 @@ def _finish_recovery(volume: Volume) -> None:
     execute(storage, plan)
     volume.inline.clear()
     # Crash anywhere in here: the records are still there; recovered again, to the same bytes.
-    if len(volume.table.rows) >= volume.table.rows_max:
-        volume.compact_table()
     run(volume.checkpoint_steps(new_epoch=True))
 
 
@@ -334,12 +340,12 @@ def _scan_journal(
 ) -> list[Scanned]:  # fmt: skip
     geometry = superblock.geometry
     size = geometry.journal_pages * BLOCK_SIZE
-    journal = b"".join(
-        storage.read_direct(geometry.journal_offset + at, min(_READ_SIZE, size - at))
-        for at in range(0, size, _READ_SIZE)
-    )
+    journal = bytearray(size)
+    for at in range(0, size, _READ_SIZE):
+        part = storage.read_direct(geometry.journal_offset + at, min(_READ_SIZE, size - at))
+        journal[at : at + len(part)] = part
     return scan(
-        lambda page, count: journal[page * BLOCK_SIZE : (page + count) * BLOCK_SIZE],
+        lambda page, count: bytes(journal[page * BLOCK_SIZE : (page + count) * BLOCK_SIZE]),
         page_count=geometry.journal_pages,
         tail=Tail(superblock.tail_page, superblock.tail_sequence, superblock.tail_mac),
         uuid=superblock.uuid,

@@ -143,6 +143,20 @@ class FileStorage:
         return cls._locked(fd, str(path), fcntl.F_RDLCK if read_only else fcntl.F_WRLCK)
 
     @classmethod
+    def peek(cls, path: Path) -> FileStorage:
+        """Open a file for a look at its headers: read-only, no lock, whoever has it open.
+
+        Raises:
+            NotFound, StorageFailed: as `open`.
+        """
+        try:
+            return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path))
+        except (FileNotFoundError, IsADirectoryError):
+            raise NotFound(path, "no such sealed image") from None
+        except OSError as exc:
+            raise StorageFailed(path, f"open failed: {exc.strerror}") from exc
+
+    @classmethod
     def _locked(cls, fd: int, path: str, kind: int) -> FileStorage:
         # An OFD lock belongs to the open file description: it ends with the last descriptor,
         # however the process dies, and another open in this process meets it too.

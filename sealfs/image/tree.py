@@ -360,7 +360,8 @@ class Tree:
         """Return what a checkpoint writes, (offset, page), and flip the places.
 
         Never over a page that the live superblock's tree may need: leaf and node pages go to
-        their other place, new node pages to a free position. Call after `refresh`.
+        their other place, new node pages to a free position. Call after `refresh`, and `settle`
+        when the pages are written.
         """
         geometry, pages = self._geometry, []
         for group in self._changed_leaves:
@@ -370,7 +371,6 @@ class Tree:
             self._changed_nodes[1].add(node.index)
             offset = geometry.leaf_offset(node.slots[i], node.places[i])
             pages.append((offset, bytes(self._leaves[group])))
-        self._changed_leaves.clear()
         for level in range(1, geometry.depth + 1):
             for index in sorted(self._changed_nodes[level]):
                 node = self.nodes[level][index]
@@ -388,9 +388,13 @@ class Tree:
                 offset = geometry.node_offset(node.slot, node.position, node.place)
                 pages.append((offset, node.encode()))
             self._changed_nodes[level].clear()
+        return pages
+
+    def settle(self) -> None:
+        """Note that what `take_changes` gave is on the disk: leaf pages may be evicted again."""
+        self._changed_leaves.clear()
         if len(self._leaves) > LEAVES_MAX:
             self._evict()
-        return pages
 
     @property
     def top(self) -> Node:

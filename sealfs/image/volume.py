@@ -51,6 +51,9 @@ from sealfs.image.tree import EMPTY_LEAF, LEAVES_MAX, NO_SLOT, Tree
 RECORD_BLOCKS_MAX = 2048
 """Blocks sealed for one record: 8 MiB, what a commit holds in memory beside the cache."""
 
+FREED_SLOTS_MAX = 128
+"""Slots of moved groups that wait for a checkpoint: 65 MiB by which an image may be larger."""
+
 _SPACE_PARTS = 8
 """A slot's space is reserved in eighths (64 KiB): one bit each in a byte for the slot."""
 
@@ -146,6 +149,7 @@ class Volume:
         self._space = bytearray(slot_count)
         self._punches: list[tuple[int, int, int]] = []
         self._discarded: set[int] = set()
+        self._chunks = list(tree.chunks())
         self._cut = False
         self._cutting = False
         self._punching: set[int] = set()
@@ -177,6 +181,18 @@ class Volume:
                 self.storage.allocate(self.geometry.slot_offset(slot), 2 * BLOCK_SIZE)
         self.storage.allocate(start, end - start)
         self._space[slot] = have | wanted
+
+    def reserve_chunks(self) -> None:
+        """Have space for both places of all node pages there are, before the first write.
+
+        They had it when they were made; a copy of the file may not have kept it.
+
+        Raises:
+            NoSpace: there is none.
+        """
+        while self._chunks:
+            self.reserve(self._chunks[-1], 0, self.geometry.group_blocks)
+            self._chunks.pop()
 
     def is_reclaiming(self, group: int) -> bool:
         """Whether space of a group is being given back: no write may reserve it now."""
@@ -317,7 +333,11 @@ class Volume:
         if self.cipher.is_spent:
             yield from self.checkpoint_steps(new_epoch=True)
         page = self.journal.place(batch.page_count())
-        if page is None or self.tree.changed_leaf_count > LEAVES_MAX:
+        if (
+            page is None
+            or self.tree.changed_leaf_count > LEAVES_MAX
+            or self.allocator.freed_count > FREED_SLOTS_MAX
+        ):
             yield from self.checkpoint_steps()
             page = self.journal.place(batch.page_count())
         assert page is not None, "a record is at most half the journal"
@@ -329,7 +349,8 @@ class Volume:
         written: Written = yield lambda: self._write(batch, content, start)
         self.apply(written.record, written.leaves)
         self.journal.advance(written.record, written.mac)
-        yield lambda: self._write_home(written.record, written.payload)
+        if batch.inline:
+            yield lambda: self._write_home(written.record, written.payload)
 
     def _commit_with_root(
         self, batch: Batch, content: Callable[[int], Buffer], page: int
@@ -340,22 +361,21 @@ class Volume:
         """
 
         def seal_apply_write() -> Written:
-            written, plan = self._seal(batch, content, page)
+            written = self._seal(batch, content, page)
             self.apply(written.record, written.leaves)
             written.record.root_mac = self.tree.refresh(self.size)
-            return self._log(written, plan)
+            return self._log(written)
 
         written: Written = yield seal_apply_write
         self.journal.advance(written.record, written.mac)
-        yield lambda: self._write_home(written.record, written.payload)
+        if batch.inline:
+            yield lambda: self._write_home(written.record, written.payload)
 
     def _write(self, batch: Batch, content: Callable[[int], Buffer], page: int) -> Written:
-        return self._log(*self._seal(batch, content, page))
+        return self._log(self._seal(batch, content, page))
 
-    def _seal(
-        self, batch: Batch, content: Callable[[int], Buffer], page: int
-    ) -> tuple[Written, WritePlan]:
-        """Seal a batch; return its record and the plan of its direct data."""
+    def _seal(self, batch: Batch, content: Callable[[int], Buffer], page: int) -> Written:
+        """Seal a batch and make its direct data durable; return its record."""
         geometry = self.geometry
         plan: WritePlan = []
         groups: list[tuple[int, int, bytes]] = []
@@ -397,18 +417,18 @@ class Volume:
             inline_entries=inline_entries,
             holes=batch.holes,
         )
-        return Written(record, b"", payload, leaves), plan
-
-    def _log(self, written: Written, plan: WritePlan) -> Written:
-        record = written.record
-        head, written.mac = encode_record(record, self._keys.journal)
         if plan:
             plan.append((Step.SYNC,))
+        execute(self.storage, plan)
         # Crash here: direct data lies where nothing durable points to; it is not there.
+        return Written(record, b"", payload, leaves)
+
+    def _log(self, written: Written) -> Written:
+        record = written.record
+        head, written.mac = encode_record(record, self._keys.journal)
         offset = self.geometry.journal_page_offset(record.page)
         whole: list[Buffer] = [head, written.payload]
-        plan.append((Step.DURABLE, offset, whole))
-        execute(self.storage, plan)
+        execute(self.storage, [(Step.DURABLE, offset, whole)])
         # Crash here: the record is durable, inline blocks are old at home; recovery writes them.
         return written
 
@@ -467,13 +487,17 @@ class Volume:
         """
         self.reserve_nodes(self.tree.unplaced_nodes_max())
         superblock, raw = yield lambda: self._write_checkpoint(new_epoch, clean)
+        self.tree.settle()
         self.superblock, self._live_raw = superblock, raw
         self._live_copy = 1 - self._live_copy
         if new_epoch:
             self.cipher.begin_epoch(self.table.rows[-1])
         # Step 6: the superblock is durable, so what only older states name is free now.
         self.journal.release()
+        self._cut = self._cut or clean
         yield from self._reclaim_steps()
+        if clean:
+            yield self._punch_free
 
     def _write_checkpoint(self, new_epoch: bool, clean: bool) -> tuple[Superblock, bytes]:
         old = self.superblock
@@ -602,6 +626,14 @@ class Volume:
             self._cutting = True  # space reserved past the end would go with it
             yield lambda: execute(self.storage, [(Step.TRUNCATE, end)])
             self._cutting = False
+
+    def _punch_free(self) -> None:
+        """Give back the space of slots that became free in this session."""
+        free = [s for s in self.allocator.free_slots() if s < len(self._space) and self._space[s]]
+        size = self.geometry.slot_size
+        execute(
+            self.storage, [(Step.PUNCH, self.geometry.slot_offset(slot), size) for slot in free]
+        )
 
     def _forget_space(self, slot: int) -> None:
         if slot < len(self._space):
