@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from sealfs.image.layout import BLOCK_SIZE
 from sealfs.image.plan import Buffer
@@ -45,6 +45,8 @@ class BlockCache:
         self.view = memoryview(b"")
         self._free = list(range(self.dirty_max // BLOCK_SIZE - 1, -1, -1))
         self._image_count = 0
+        self.on_room: Callable[[], None] = lambda: None
+        """Called when frames were given back."""
         self.hits = 0
         self.misses = 0
 
@@ -84,6 +86,7 @@ class BlockCache:
     def give_frames(self, frames: Sequence[int]) -> None:
         """Give frames back."""
         self._free.extend(frames)
+        self.on_room()
         if len(frames) >= _SORT_COUNT_MIN:
             self._free.sort(reverse=True)
 

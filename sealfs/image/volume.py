@@ -381,10 +381,10 @@ class Volume:
         groups: list[tuple[int, int, bytes]] = []
         leaves: dict[int, bytes] = {}
         slots = [slot for _, slot in batch.full_groups + batch.allocs]
-        plan.extend(self._extend_plan(slots))
+        execute(self.storage, self._extend_plan(slots))
+        # One buffer for all groups: each is on its way to the disk before the next is sealed.
+        view = memoryview(bytearray(geometry.slot_size + TAG_SIZE if batch.full_groups else 0))
         for group, slot in batch.full_groups:
-            buffer = bytearray(geometry.slot_size + TAG_SIZE)
-            view = memoryview(buffer)
             first = group * geometry.group_blocks
             blocks = range(first, first + geometry.group_blocks)
             entries = self.cipher.seal_blocks(
@@ -393,7 +393,7 @@ class Volume:
             leaf = entries.ljust(BLOCK_SIZE, b"\0")
             view[:BLOCK_SIZE] = leaf
             whole: Buffer = view[: geometry.slot_size]
-            plan.append((Step.WRITE, geometry.slot_offset(slot), [whole]))
+            execute(self.storage, [(Step.WRITE, geometry.slot_offset(slot), [whole])])
             groups.append((group, slot, self._macs.leaf(group, leaf)))
             leaves[group] = leaf
         direct, direct_entries = self._seal_run(batch.direct, content)
@@ -417,7 +417,7 @@ class Volume:
             inline_entries=inline_entries,
             holes=batch.holes,
         )
-        if plan:
+        if slots or plan:
             plan.append((Step.SYNC,))
         execute(self.storage, plan)
         # Crash here: direct data lies where nothing durable points to; it is not there.

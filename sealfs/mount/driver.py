@@ -239,7 +239,9 @@ class Disks:
         self._dirty_half = cache.dirty_max // 2
         self._relieving = False
         self._nursery: trio.Nursery | None = None
-        self._room = trio.Lock()
+        self._waiting = 0
+        self._room = trio.Event()
+        cache.on_room = self._announce_room
 
     def find(self, key: FileKey) -> Disk | None:
         """Return the disk of a sealed file if its image is open and stays so for now."""
@@ -371,31 +373,37 @@ class Disks:
         await self._quietly(disk, settle)
 
     async def _relieve(self) -> None:
+        """Flush behind the writers until less than half of the cache is dirty and nobody waits."""
         try:
-            while self.cache.dirty_size > self._dirty_half:
+            while self.cache.dirty_size > self._dirty_half or self._waiting:
                 disk = self._dirtiest()
                 if disk is None:
                     return
                 await self._quietly(disk, disk.flush)
+                self._announce_room()
         finally:
             self._relieving = False
+            self._announce_room()
+
+    def _announce_room(self) -> None:
+        if self._waiting:
+            self._room.set()
+            self._room = trio.Event()
 
     async def _make_room(self) -> None:
-        """Flush the dirtiest disk; whoever waits here meanwhile looks again afterwards."""
-        before = self.cache.dirty_size
-        async with self._room:
-            if self.cache.dirty_size < before:
-                return
-            disk = self._dirtiest()
-            if disk is None:
-                raise StorageFailed(
-                    "cache", f"{self.cache.dirty_size} dirty bytes belong to images that failed"
-                )
-            if disk.exclusive.locked():
-                # A commit is under way and frees room when it ends: no need to wait for another.
-                async with disk.exclusive:
-                    return
-            await disk.flush()
+        """Wait until a flush has given frames back, or has failed to; then look again."""
+        if self._dirtiest() is None:
+            raise StorageFailed(
+                "cache", f"{self.cache.dirty_size} dirty bytes belong to images that failed"
+            )
+        self._waiting += 1
+        try:
+            if not self._relieving:
+                self._relieving = True
+                self._start(self._relieve)
+            await self._room.wait()
+        finally:
+            self._waiting -= 1
 
     def _dirtiest(self) -> Disk | None:
         candidates = [

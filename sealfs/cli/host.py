@@ -1,0 +1,92 @@
+"""`init` and `doctor`: the host that keeps the keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sealfs.cli import health
+from sealfs.cli.errors import ExitCode, warn
+from sealfs.cli.output import print_facts, print_json
+from sealfs.cli.settings import Settings, common_options
+from sealfs.keys.access import AUTO
+from sealfs.keys.provision import WARN_NO_POLICY
+from sealfs.keys.reports import InitReport
+from sealfs.keys.service import KeyService
+
+KEY_ADVICE = """\
+Write it down now, on paper, and keep it away from this host: it is shown this once and stored
+nowhere. With it and an image alone, every VM made here can be opened again on any host
+(`sealfs key recover IMAGE`). Without it, the loss of this host's TPM or state directory is the
+loss of its VMs. Whoever else has it can open them too."""
+
+
+@click.command("init")
+@click.option(
+    "--recovery-to",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Wrap every key to this public X25519 key of your organisation (PEM or hexadecimal).",
+)
+@click.option("--no-recovery", is_flag=True, help="Do without a recovery key.")
+@common_options
+def init_command(settings: Settings, recovery_to: Path | None, no_recovery: bool) -> None:
+    """Set up this host: state directory, TPM, recovery key. Safe to repeat.
+
+    --tpm names the TPM: auto (the hardware TPM; the default), swtpm (an embedded software TPM),
+    device:/dev/tpmrm0, or another TCTI.
+    """
+    settings.about(settings.state)
+    report = KeyService.initialise(
+        settings.state,
+        tpm=settings.tpm or AUTO,
+        recovery_to=recovery_to,
+        no_recovery=no_recovery,
+    )
+    if settings.json:
+        print_json(report.to_json())
+    else:
+        _print_report(report)
+    warnings = [*report.warnings]
+    if report.created and WARN_NO_POLICY not in warnings:
+        warnings.append(WARN_NO_POLICY)
+    for text in warnings:
+        # The advice beside the key says the same at length.
+        if "shown now" not in text or settings.json:
+            warn(text)
+
+
+def _print_report(report: InitReport) -> None:
+    facts = [
+        ("state directory", report.state),
+        ("TPM", report.tpm),
+        ("storage key", report.storage_key),
+        ("recovery", report.recovery),
+    ]
+    if report.recovery_fingerprint is not None:
+        facts.append(("recovery key id", report.recovery_fingerprint))
+    print("set up" if report.created else "was set up before; nothing was changed")
+    print_facts(facts)
+    if report.recovery_key is not None:
+        print(f"\nrecovery key\n\n    {report.recovery_key}\n\n{KEY_ADVICE}")
+
+
+@click.command("doctor")
+@common_options
+def doctor_command(settings: Settings) -> int:
+    """Say what this host can do and what to mend.
+
+    Exit code 3 when something fails;
+    a warning is for you to judge.
+    """
+    findings = health.examine(settings)
+    if settings.json:
+        print_json([finding.to_json() for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{finding.level:<4}  {finding.subject:<15}  {finding.text}")
+            if finding.mend:
+                print(f"{'':<23}mend: {finding.mend}")
+    has_failed = any(finding.level == health.FAIL for finding in findings)
+    return ExitCode.FINDINGS if has_failed else ExitCode.OK

@@ -1,0 +1,259 @@
+"""`list`, `info`, `check` and `register`: looking at sealed images that are there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sealfs.cli import sealed, survey
+from sealfs.cli.errors import ExitCode, warn
+from sealfs.cli.output import print_facts, print_json, print_table, printable, progress, size_text
+from sealfs.cli.settings import Settings, common_options
+from sealfs.cli.survey import Facts
+from sealfs.errors import AlreadyExists, KeyServiceError, SealfsError
+from sealfs.image.recovery import peek, read_identity
+from sealfs.image.storage import FileStorage
+
+if TYPE_CHECKING:
+    from sealfs.image.check import Finding
+    from sealfs.image.image import SealedImage
+    from sealfs.keys.registry import RegistryEntry
+    from sealfs.keys.service import KeyService
+
+
+@click.command("list")
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@common_options
+def list_command(settings: Settings, directory: Path | None) -> None:
+    """List the sealed images below DIRECTORY, or all that this host has registered.
+
+    What is shown of an image is what its file says; `info` verifies it.
+    """
+    registry: dict[str, RegistryEntry] | None = None
+    try:
+        with settings.keys() as keys:
+            registry = survey.registered(keys)
+    except KeyServiceError as error:
+        if directory is None:
+            raise
+        warn(f"what is registered is not known: {error}")
+    if directory is not None:
+        paths = survey.sealed_files(settings.about(directory))
+    else:
+        paths = [Path(path) for path in sorted(registry or {})]
+    found = [_listed(path, registry) for path in paths]
+    if settings.json:
+        print_json([facts.to_json() for facts in found])
+        return
+    print_table(
+        ("PATH", "VM", "DISK", "SIZE", "ALLOCATED", "STATE"),
+        [
+            (
+                facts.path,
+                facts.vm_id or "?",
+                facts.disk or "",
+                size_text(facts.size),
+                size_text(facts.allocated),
+                facts.state_text + (f": {facts.problem}" if facts.problem else ""),
+            )
+            for facts in found
+        ],
+    )
+
+
+def _listed(path: Path, registry: dict[str, RegistryEntry] | None) -> Facts:
+    if not os.path.lexists(path) and registry is not None:
+        entry = registry[str(path)]
+        return Facts(path=str(path), state="missing", registration="yes", vm_id=entry.vm_id)
+    try:
+        place = sealed.find(path)
+    except (SealfsError, OSError) as error:
+        return Facts(path=str(path), state="unreadable", problem=str(error))
+    return survey.look(place, registry)
+
+
+@click.command("info")
+@click.argument("image", type=click.Path(path_type=Path))
+@common_options
+def info_command(settings: Settings, image: Path) -> None:
+    """Tell what is known of one image: a sealed file, or the plain file a mount shows for it.
+
+    Works without the key too; what could not be verified then is marked.
+    """
+    place = sealed.find(settings.about(image))
+    wrong: SealfsError | None = None
+    try:
+        with settings.keys() as keys:
+            try:
+                registry = survey.registered(keys)
+            except KeyServiceError:
+                registry = None  # verifying meets the same, and says it
+            facts = survey.look(place, registry)
+            if facts.problem is None:
+                wrong = survey.verify(facts, place, keys)
+    except KeyServiceError as error:
+        facts = survey.look(place, None)
+        facts.unverified_because = str(error)
+    if facts.vm_id is None:
+        _raise_problem(place.sealed)
+    if settings.json:
+        print_json(facts.to_json())
+    else:
+        print_facts(_info_lines(facts))
+    if wrong is not None:
+        raise wrong
+
+
+def _raise_problem(path: Path) -> None:
+    """Meet again what made the file unreadable, as an error of its own kind."""
+    storage = sealed.peek_storage(path)
+    try:
+        peek(storage)
+        read_identity(storage)
+    finally:
+        storage.close()
+
+
+def _info_lines(facts: Facts) -> list[tuple[str, str]]:
+    def own(name: str, text: str) -> tuple[str, str]:
+        mark = " (unverified)" if name in facts.unverified else ""
+        return name.replace("_", " "), f"{text}{mark}"
+
+    size, full = facts.size or 0, facts.full_size or 0
+    lines = [
+        ("path", facts.path),
+        *([("shown as", facts.shown_as)] if facts.shown_as else []),
+        own("vm_id", facts.vm_id or ""),
+        *([own("disk", facts.disk)] if facts.disk else []),
+        own("image_uuid", facts.image_uuid or ""),
+        own("created", facts.created or ""),
+        own("size", f"{size_text(size)} ({size} bytes)"),
+        ("allocated", f"{size_text(facts.allocated)} on the storage"),
+        ("when full", f"{size_text(full)}, {full - size} bytes more than the disk"),
+        own("state", facts.state_text),
+        *([own("kmi", facts.kmi or "")] if facts.kmi != facts.vm_id else []),
+        ("key here", survey.key_text(facts.key) if facts.key else "none on this host"),
+        ("recovery keys", ", ".join(facts.recovery_keys) or "none"),
+    ]
+    if facts.live is not None:
+        live = facts.live
+        lines.append(("unflushed", f"{size_text(int(live['dirty']))}, {live['handles']} handles"))
+    if facts.unverified_because is not None:
+        lines.append(("unverified", facts.unverified_because))
+    return lines
+
+
+@click.command("check")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--data", is_flag=True, help="Verify every block too, not the tree alone.")
+@common_options
+def check_command(settings: Settings, image: Path, data: bool) -> int:
+    """Verify an image that is not in use; nothing is changed.
+
+    Names each bad block: its number, its place on the VM's disk, what differs. Exit code 3 when
+    blocks are bad, 5 when the structure is.
+    """
+    place = sealed.find(settings.about(image))
+    with settings.keys() as keys, sealed.opened(settings, place, keys) as opened:
+        size = opened.size
+        with progress(f"checking {place.sealed.name}", opened.status()["slots_used"]) as advance:
+            findings = _drive(opened, data, lambda: advance(1))
+    if settings.json:
+        print_json(
+            {
+                "path": str(place.sealed),
+                "data": data,
+                "size": size,
+                "findings": [_finding_json(finding) for finding in findings],
+            }
+        )
+    elif findings:
+        for finding in findings:
+            print(_finding_text(finding))
+        blocks = sum(finding.block_count for finding in findings)
+        print(f"{printable(str(image))}: {blocks} bad blocks in {len(findings)} places")
+    else:
+        what = "structure and data" if data else "structure; --data verifies the content too"
+        print(f"{printable(str(image))}: clean ({what})")
+    return ExitCode.FINDINGS if findings else ExitCode.OK
+
+
+def _drive(image: SealedImage, data: bool, advance: Callable[[], None]) -> list[Finding]:
+    steps: Generator[Callable[[], Any], Any, list[Finding]] = image.check_steps(data=data)
+    try:
+        work = next(steps)
+        while True:
+            result = work()
+            advance()
+            work = steps.send(result)
+    except StopIteration as end:
+        found: list[Finding] = end.value
+        return found
+
+
+def _finding_json(finding: Finding) -> dict[str, object]:
+    return {
+        "first_block": finding.first_block,
+        "block_count": finding.block_count,
+        "offset": finding.offset,
+        "size": finding.size,
+        "cause": finding.cause,
+    }
+
+
+def _finding_text(finding: Finding) -> str:
+    last = finding.first_block + finding.block_count - 1
+    blocks = f"block {last}" if finding.block_count == 1 else f"blocks {finding.first_block}-{last}"
+    end = finding.offset + finding.size - 1
+    return f"{blocks}, bytes {finding.offset}-{end} of the disk: {finding.cause}"
+
+
+@click.command("register")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--replace", is_flag=True, help="Even if another image or path is registered.")
+@common_options
+def register_command(settings: Settings, image: Path, replace: bool) -> None:
+    """Accept an authentic image under its present path, after a move outside sealfs.
+
+    The image is verified with its key first. Registering is saying: this file, in this place, is
+    the VM's disk. An older copy of a disk is authentic too.
+    """
+    place = sealed.find(settings.about(image))
+    with settings.keys() as keys:
+        storage = FileStorage.open(place.sealed, read_only=True)
+        try:
+            identity = read_identity(storage)
+            with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
+                opened = sealed.open_with(storage, identity, vm_key)
+            enter(keys, place.sealed, opened.identity.uuid, opened.identity.vm_id, replace=replace)
+        finally:
+            storage.close()
+
+
+def enter(keys: KeyService, path: Path, image_uuid: bytes, vm_id: str, *, replace: bool) -> None:
+    """Register a verified image under its path; entries of it whose file is gone are dropped.
+
+    Raises:
+        AlreadyExists: another image is registered under this path, or this one under another
+            path where a file still stands; and `replace` is False.
+    """
+    here = os.path.realpath(path)
+    others = [
+        entry.path
+        for entry in keys.registry.entries()
+        if entry.image_uuid == image_uuid and entry.path != here
+    ]
+    copies = [other for other in others if os.path.exists(other)]
+    if copies and not replace:
+        raise AlreadyExists(
+            path,
+            f'this image is registered as "{copies[0]}", which is there too: one of them is a copy',
+        )
+    keys.registry.add(path, image_uuid, vm_id, replace=replace)
+    # Crash here: registered under both paths; it opens here.
+    for other in others:
+        keys.registry.remove(Path(other))

@@ -1,0 +1,220 @@
+"""`key list`, `key show`, `key test` and `key recover`. Never prints a key."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sealfs.cli import sealed, survey
+from sealfs.cli.errors import ExitCode
+from sealfs.cli.images import enter
+from sealfs.cli.output import print_facts, print_json, print_table, printable
+from sealfs.cli.settings import Settings, common_options
+from sealfs.errors import FormatError, KeyNotFound, KeyRecordDamaged, RecoveryRefused, UsageError
+from sealfs.image.recovery import read_identity
+from sealfs.image.storage import FileStorage
+
+if TYPE_CHECKING:
+    from sealfs.keys.reports import KeyInfo, SlotReport
+    from sealfs.keys.service import KeyService
+
+KEY_TEXT_MAX = 16 * 1024
+"""A printed recovery key has 80 letters; a PEM file a few hundred."""
+STDIN = "-"
+
+
+@click.group("key")
+def key_command() -> None:
+    """Look at the keys of this host's VMs, try them, recover them."""
+
+
+@key_command.command("list")
+@common_options
+def list_keys(settings: Settings) -> None:
+    """List the key records of this host. Nothing is unsealed."""
+    with settings.keys() as keys:
+        records = keys.records()
+    if settings.json:
+        print_json([record.to_json() for record in records])
+        return
+    print_table(
+        ("VM", "CREATED", "ORIGIN", "SLOTS"),
+        [
+            (
+                record.vm_id or f"? ({record.file})",
+                record.created[:19].replace("T", " "),
+                record.origin,
+                survey.key_text(record),
+            )
+            for record in records
+        ],
+    )
+
+
+@key_command.command("show")
+@click.argument("vm")
+@common_options
+def show_key(settings: Settings, vm: str) -> None:
+    """Show the key record of a VM. Nothing is unsealed."""
+    with settings.keys() as keys:
+        record = _record_of(keys, vm)
+    if settings.json:
+        print_json(record.to_json())
+        return
+    slots = [
+        (f"slot {index}", survey.slot_text(slot.to_json()))
+        for index, slot in enumerate(record.slots)
+    ]
+    print_facts(
+        [
+            ("vm id", record.vm_id),
+            ("kmi", record.kmi),
+            ("created", record.created),
+            ("origin", record.origin),
+            ("record", str(settings.state / record.file)),
+            *slots,
+        ]
+    )
+
+
+@key_command.command("test")
+@click.argument("vms", nargs=-1, metavar="VM...")
+@click.option("--all", "every", is_flag=True, help="Every VM of this host.")
+@common_options
+def test_keys(settings: Settings, vms: tuple[str, ...], every: bool) -> int:
+    """Unseal for real, through every slot, and foretell trouble. Nothing is changed.
+
+    Exit code 3 when a slot does not open, or trouble is ahead.
+    """
+    if bool(vms) == every:
+        raise UsageError("key test", "name virtual machines, or --all")
+    with settings.keys() as keys:
+        records = keys.records() if every else [_record_of(keys, vm) for vm in vms]
+        found = [(record, *_try(keys, record)) for record in records]
+    if settings.json:
+        print_json(
+            [
+                {
+                    "vm_id": record.vm_id,
+                    "kmi": record.kmi,
+                    "file": record.file,
+                    "problem": problem,
+                    "slots": [slot.to_json() for slot in slots],
+                }
+                for record, slots, problem in found
+            ]
+        )
+    else:
+        print_table(("VM", "SLOT", "RESULT"), [row for item in found for row in _test_rows(*item)])
+    is_bad = any(
+        problem or any(slot.opens is False or slot.trouble for slot in slots)
+        for _, slots, problem in found
+    )
+    return ExitCode.FINDINGS if is_bad else ExitCode.OK
+
+
+def _try(keys: KeyService, record: KeyInfo) -> tuple[list[SlotReport], str | None]:
+    if record.problem is not None:
+        return [], record.problem
+    try:
+        return keys.test(record.kmi), None
+    except (KeyRecordDamaged, KeyNotFound, FormatError) as error:
+        return [], error.detail
+
+
+def _test_rows(
+    record: KeyInfo, slots: list[SlotReport], problem: str | None
+) -> list[tuple[str, str, str]]:
+    name = record.vm_id or record.file
+    if problem is not None:
+        return [(name, "", problem)]
+    rows = []
+    for number, slot in enumerate(slots):
+        result = slot.detail if slot.opens is not False else f"FAILS: {slot.detail}"
+        rows.append(("" if number else name, slot.kind, "; ".join((result, *slot.trouble))))
+    return rows
+
+
+def _record_of(keys: KeyService, vm: str) -> KeyInfo:
+    for record in keys.records():
+        if vm in (record.vm_id, record.kmi):
+            return record
+    if keys.has(vm):
+        keys.test(vm)  # a record that cannot be read says nothing of its VM; this says why
+    raise KeyNotFound(vm, "this host has no key for it")
+
+
+@key_command.command("recover")
+@click.argument(
+    "images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path)
+)
+@click.option(
+    "--recovery-key-file",
+    "key_file",
+    metavar="FILE",
+    help="Where the recovery key is; - is standard input. Without, it is asked for.",
+)
+@click.option("--replace", is_flag=True, help="Even if another image or path is registered.")
+@common_options
+def recover_keys(
+    settings: Settings, images: tuple[Path, ...], key_file: str | None, replace: bool
+) -> None:
+    """Make the keys of images usable on this host, with the recovery key alone.
+
+    Everything else comes from the image: works on a fresh host whose predecessor is lost. Each
+    image is verified and registered under its path.
+    """
+    for image in images:
+        sealed.find(settings.about(image))
+    with settings.keys() as keys:
+        recovery_key = _recovery_key(key_file)
+        for image in images:
+            _recover(settings, keys, settings.about(image), recovery_key, replace)
+
+
+def _recover(
+    settings: Settings, keys: KeyService, image: Path, recovery_key: str, replace: bool
+) -> None:
+    place = sealed.find(image)
+    storage = FileStorage.open(place.sealed, read_only=True)
+    try:
+        identity = read_identity(storage)
+        with keys.recover(
+            identity.vm_id, identity.kmi, identity.recovery_slots, recovery_key
+        ) as vm_key:
+            opened = sealed.open_with(storage, identity, vm_key)
+        enter(keys, place.sealed, opened.identity.uuid, opened.identity.vm_id, replace=replace)
+    finally:
+        storage.close()
+    if settings.verbose:
+        print(f"{printable(str(image))}: recovered, VM {printable(identity.vm_id)}")
+
+
+def _recovery_key(key_file: str | None) -> str:
+    """Read the recovery key; it never stands in an argument or the environment.
+
+    Raises:
+        UsageError: no file was named and nobody is there to be asked.
+        RecoveryRefused: what was read cannot be a key.
+    """
+    if key_file is None:
+        if not sys.stdin.isatty():
+            raise UsageError(
+                "recovery key", "there is no terminal to ask for it; use --recovery-key-file"
+            )
+        text: str = click.prompt("Recovery key", hide_input=True, err=True, prompt_suffix=": ")
+        return text
+    try:
+        if key_file == STDIN:
+            text = sys.stdin.read(KEY_TEXT_MAX + 1)
+        else:
+            with open(key_file, encoding="utf-8") as file:
+                text = file.read(KEY_TEXT_MAX + 1)
+    except UnicodeDecodeError:
+        raise RecoveryRefused("recovery key", "is not text") from None
+    if len(text) > KEY_TEXT_MAX:
+        raise RecoveryRefused("recovery key", "is too long to be one")
+    return text

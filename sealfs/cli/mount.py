@@ -1,0 +1,79 @@
+"""`mount` and `umount`."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import click
+
+from sealfs.cli import interrupts
+from sealfs.cli.errors import warn
+from sealfs.cli.settings import Settings, common_options
+from sealfs.keys.service import KeyService
+from sealfs.mount import names, session
+from sealfs.mount.options import MountOptions
+
+NAMED_MAX = 5
+"""Files named in the warning; the mount's log names more."""
+
+
+@click.command("mount")
+@click.argument("source", metavar="SOURCE_DIR", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Comma-separated; see below.")
+@click.option("-f", "--foreground", is_flag=True, help="Stay; log to stderr.")
+@click.option("--log", "log_file", type=click.Path(path_type=Path), help="Log to a file.")
+@common_options
+def mount_command(
+    settings: Settings,
+    source: Path,
+    mountpoint: Path,
+    options: tuple[str, ...],
+    foreground: bool,
+    log_file: Path | None,
+) -> int:
+    r"""Serve every NAME.sealed under SOURCE_DIR as the plain file MOUNTPOINT/NAME.
+
+    Returns when the names are served; each image is unsealed at its first open. Files made under
+    the mount are sealed images. The log goes to syslog.
+
+    \b
+    Options: ro, cache=256M, dirty=64M, allow_other, noallow_other, uid=N, gid=N, mode=OCTAL,
+    create=yes|no, vm-id=path|dir, direct_io, lane=on|off, noexec, noatime, context=...
+    """
+    settings.about(mountpoint)
+    chosen = MountOptions.parse(options, is_root=os.geteuid() == 0)
+    source, mountpoint = session.check_places(source, mountpoint)
+    # A host that is not set up is told here, not by a daemon.
+    KeyService.open(settings.state, tpm=settings.tpm).close()
+    if not foreground:
+        _warn_of_plain_files(source)
+    state = settings.state.absolute()  # a daemon's working directory is the root
+    interrupts.uninstall()
+    return session.mount_directory(
+        source,
+        mountpoint,
+        options=chosen,
+        keys=partial(KeyService.open, state, tpm=settings.tpm),
+        foreground=foreground,
+        log_file=log_file,
+        verbose=settings.verbose,
+    )
+
+
+@click.command("umount")
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@common_options
+def umount_command(settings: Settings, mountpoint: Path) -> None:
+    """Unmount; returns when every image is flushed and clean."""
+    session.unmount(settings.about(mountpoint))
+
+
+def _warn_of_plain_files(source: Path) -> None:
+    found = names.unsealed_files(source, NAMED_MAX + 1)
+    if found:
+        listed = ", ".join(f'"{name}"' for name in found[:NAMED_MAX])
+        more = ", and more" if len(found) > NAMED_MAX else ""
+        warn(f'not sealed, and therefore not shown, in "{source}": {listed}{more}')

@@ -1,0 +1,192 @@
+"""Finding and opening the sealed image that a user's path means.
+
+A path may be a sealed file, or the plain file that a mount shows for it. Opening checks the
+registry: an authentic image that stands where another one is registered is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sealfs.cli.settings import Settings
+from sealfs.errors import Busy, ForeignImage, FormatError, KeyNotFound, NotFound, UsageError
+from sealfs.image.cache import BlockCache
+from sealfs.image.format import SUPERBLOCK_SIZE, Identity
+from sealfs.image.image import SealedImage
+from sealfs.image.recovery import read_identity
+from sealfs.image.storage import FileStorage
+from sealfs.keys.vmkey import VmKey, wipe
+
+if TYPE_CHECKING:
+    from sealfs.keys.service import KeyService
+    from sealfs.mount.control import RunningMount
+
+SUFFIX = ".sealed"
+CLEAN_CACHE_SIZE = 16 << 20
+DIRTY_CACHE_SIZE = 64 << 20
+_F_OFD_GETLK = 36  # <linux/fcntl.h>
+_FLOCK = struct.Struct("hhqqi4x")
+_MOUNTINFO = Path("/proc/self/mountinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an image is: `sealed` its file, `shown` its plain view where a mount shows it."""
+
+    sealed: Path
+    shown: Path | None = None
+    mount: RunningMount | None = None
+
+
+def find(path: Path) -> Place:
+    """Return what a user's path means.
+
+    Raises:
+        NotFound: neither a sealed file nor a file under a mount.
+        Busy: it lies under a mount whose daemon is gone.
+    """
+    mount = _mount_of(path)
+    if mount is not None:
+        real = Path(os.path.realpath(path))
+        source, mountpoint = Path(mount.status["source"]), Path(mount.status["mountpoint"])
+        if mountpoint in real.parents:
+            below = real.relative_to(mountpoint)
+            sealed = source / below.parent / (below.name + SUFFIX)
+            if not sealed.exists():
+                raise NotFound(path, "no such file under the mount")
+            return Place(sealed, real, mount)
+        if source in real.parents and real.name.endswith(SUFFIX):
+            return Place(path, mountpoint / str(real.relative_to(source))[: -len(SUFFIX)], mount)
+    _check_is_file(path)
+    return Place(path)
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether somebody has the image open for writing; takes no lock and disturbs nobody."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        question = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+        answer = fcntl.fcntl(fd, _F_OFD_GETLK, question)
+    finally:
+        os.close(fd)
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def peek_storage(path: Path) -> FileStorage:
+    """Open a file for looking only: no lock, so that nobody is kept from using the image."""
+    return FileStorage(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path))
+
+
+@contextlib.contextmanager
+def opened(settings: Settings, place: Place, keys: KeyService) -> Iterator[SealedImage]:
+    """Open a registered image for reading, as nobody else's for that time.
+
+    Raises:
+        Busy: a mount or another command has it.
+        ForeignImage: not the image registered under this path.
+        SealfsError: whatever the key service or the image finds.
+    """
+    storage = _locked(settings, place)
+    with contextlib.ExitStack() as stack:
+        stack.callback(storage.close)
+        identity = read_identity(storage)
+        check_registered(place.sealed, identity, keys)
+        with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
+            image = open_with(storage, identity, vm_key)
+        stack.pop_all()
+    try:
+        yield image
+    finally:
+        image.abandon()
+
+
+def open_with(storage: FileStorage, identity: Identity, vm_key: VmKey) -> SealedImage:
+    """Verify and open an image for reading; on failure the storage stays the caller's."""
+    for generation, wrapped in identity.wrapped_keys:
+        if generation == identity.key_generation:
+            key = vm_key.unwrap_image_key(identity.uuid, wrapped)
+            break
+    else:
+        raise FormatError(
+            storage.path, f"identity has no image key of generation {identity.key_generation}"
+        )
+    try:
+        return SealedImage.open(storage, image_key=key, cache=new_cache(), read_only=True)
+    finally:
+        wipe(key)
+
+
+def new_cache() -> BlockCache:
+    """Return a cache for one command's image."""
+    return BlockCache(clean_max=CLEAN_CACHE_SIZE, dirty_max=DIRTY_CACHE_SIZE)
+
+
+def check_registered(path: Path, identity: Identity, keys: KeyService) -> None:
+    """Refuse an image that is not the one registered under its path.
+
+    Raises:
+        ForeignImage: with the innocent and the hostile reason.
+        KeyNotFound: this host knows neither the image nor its VM.
+    """
+    entry = keys.registry.lookup(path)
+    if entry is None and not keys.has(identity.kmi):
+        raise KeyNotFound(identity.vm_id, "this host has no key for it")
+    if entry is None:
+        raise ForeignImage(
+            path,
+            f'this image of VM "{identity.vm_id}" is not registered under this path: it was moved '
+            "or copied outside sealfs, or comes from another host",
+        )
+    if (entry.image_uuid, entry.vm_id) != (identity.uuid, identity.vm_id):
+        raise ForeignImage(
+            path,
+            f'image {identity.uuid.hex()} of VM "{identity.vm_id}" stands where '
+            f'{entry.image_uuid.hex()} of VM "{entry.vm_id}" is registered: moved outside sealfs, '
+            "or exchanged by somebody",
+        )
+
+
+def _locked(settings: Settings, place: Place) -> FileStorage:
+    """Take the image's lock, from a mount that holds it idle if need be."""
+    try:
+        return FileStorage.open(place.sealed, read_only=True)
+    except Busy:
+        mount = place.mount
+        if mount is None:
+            raise
+        answer: dict[str, Any] = mount.call("close", path=os.path.realpath(place.sealed))
+        if answer["in_use"]:
+            settings.situation.mountpoint = place.shown
+            raise Busy(place.sealed, f'is in use through "{place.shown}"') from None
+    return FileStorage.open(place.sealed, read_only=True)
+
+
+def _mount_of(path: Path) -> RunningMount | None:
+    try:
+        is_any = " fuse.sealfs " in _MOUNTINFO.read_text()
+    except OSError:
+        is_any = True
+    if not is_any:
+        return None
+    from sealfs.mount.control import find_mount  # slow to load, seldom needed
+
+    return find_mount(path)
+
+
+def _check_is_file(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(path, "is a directory, not a sealed image")
+    if not path.exists():
+        raise NotFound(path, "no such sealed image")
+    if not path.is_file():
+        raise UsageError(path, "is not a regular file")
+    size = path.stat().st_size
+    if size < SUPERBLOCK_SIZE:
+        raise FormatError(path, f"is not a sealed image (it has {size} bytes)")

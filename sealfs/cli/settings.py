@@ -1,0 +1,107 @@
+"""What holds for every command: state directory, TPM, output form, verbosity.
+
+The options may stand before or after the command's name; the later one wins.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from sealfs.cli.errors import Situation
+
+if TYPE_CHECKING:
+    from sealfs.keys.service import KeyService
+
+STATE_DEFAULT = Path("/var/lib/sealfs")
+STATE_VARIABLE = "SEALFS_STATE"
+TPM_VARIABLE = "SEALFS_TPM"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(slots=True)
+class Settings:
+    """The settings of one run; `situation` is what error messages are made from."""
+
+    state: Path = STATE_DEFAULT
+    tpm: str | None = None
+    json: bool = False
+    verbose: int = 0
+    situation: Situation = field(default_factory=Situation)
+
+    @contextmanager
+    def keys(self) -> Iterator[KeyService]:
+        """Open the key service for a while."""
+        from sealfs.keys.service import KeyService  # slow to load; help and usage need none
+
+        with KeyService.open(self.state, tpm=self.tpm) as keys:
+            yield keys
+
+    def about(self, path: Path) -> Path:
+        """Note the path that the user named; return it."""
+        self.situation.path = path
+        return path
+
+
+def initial_settings() -> Settings:
+    """Return the settings before any option was read."""
+    settings = Settings(
+        state=Path(os.environ.get(STATE_VARIABLE) or STATE_DEFAULT),
+        tpm=os.environ.get(TPM_VARIABLE) or None,
+    )
+    settings.situation.state = settings.state
+    return settings
+
+
+def common_options(command: F) -> F:
+    """Add the common options to a command, which gets them as its first argument, `settings`."""
+
+    @click.option(
+        "--state", type=click.Path(path_type=Path), metavar="DIR", help="State directory."
+    )
+    @click.option("--tpm", metavar="SPEC", help="The TPM, where it is not the one of init.")
+    @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+    @click.option("-v", "--verbose", count=True, help="Say more; twice for debugging.")
+    @functools.wraps(command)
+    def wrapper(
+        state: Path | None, tpm: str | None, as_json: bool, verbose: int, **arguments: Any
+    ) -> Any:
+        context = click.get_current_context()
+        settings = context.find_object(Settings)
+        assert settings is not None
+        settings.state = state or settings.state
+        settings.tpm = tpm or settings.tpm
+        settings.json = settings.json or as_json
+        settings.verbose += verbose
+        situation = settings.situation
+        situation.command = context.command_path.partition(" ")[2]
+        situation.state, situation.verbose = settings.state, settings.verbose
+        _set_up_log(settings.verbose)
+        return command(settings, **arguments)
+
+    return wrapper  # type: ignore[return-value]
+
+
+class _Lines(logging.Handler):
+    """Log records in the form of every other message; stderr is looked up at each line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = record.levelname.lower()
+        print(f"sealfs: {level}: {record.getMessage()}", file=sys.stderr)
+
+
+def _set_up_log(verbose: int) -> None:
+    logger = logging.getLogger("sealfs")
+    logger.handlers = [_Lines()]
+    logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    logger.propagate = False

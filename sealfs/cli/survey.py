@@ -1,0 +1,235 @@
+"""What can be told of a sealed file, with its key and without.
+
+Without the key a file's own words are all there is, and they may be a lie: such fields are named
+in `unverified`. Looking takes no lock, so that no virtual machine is kept from starting.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sealfs.cli import sealed
+from sealfs.cli.sealed import Place
+from sealfs.errors import (
+    FormatError,
+    IntegrityError,
+    KeyServiceError,
+    SealfsError,
+    StorageFailed,
+)
+from sealfs.image.format import Identity, Superblock
+from sealfs.image.layout import Geometry, block_count_of
+from sealfs.image.recovery import peek, read_identity
+from sealfs.keys.reports import KeyInfo, recipient_text
+
+if TYPE_CHECKING:
+    from sealfs.keys.registry import RegistryEntry
+    from sealfs.keys.service import KeyService
+
+ST_BLOCK = 512  # bytes in a unit of st_blocks (<sys/stat.h>)
+OWN_WORDS = ("vm_id", "disk", "image_uuid", "kmi", "created", "size", "state")
+"""Fields that come from the file itself."""
+
+Registered = Mapping[str, "RegistryEntry"]
+
+
+@dataclass(slots=True)
+class Facts:
+    """One sealed file. `registration` is yes, no, other (another image is registered) or ?."""
+
+    path: str
+    state: str
+    registration: str = "?"
+    vm_id: str | None = None
+    disk: str | None = None
+    image_uuid: str | None = None
+    kmi: str | None = None
+    created: str | None = None
+    size: int | None = None
+    allocated: int | None = None
+    full_size: int | None = None
+    shown_as: str | None = None
+    recovery_keys: list[str] = field(default_factory=list)
+    unverified: list[str] = field(default_factory=lambda: list(OWN_WORDS))
+    unverified_because: str | None = None
+    problem: str | None = None
+    key: dict[str, object] | None = None
+    live: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Return everything."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @property
+    def state_text(self) -> str:
+        """The state in a few words."""
+        words = [self.state]
+        if self.shown_as is not None and self.state == "in use":
+            words[0] = f"in use at {self.shown_as}"
+        if self.registration == "no":
+            words.append("not registered")
+        elif self.registration == "other":
+            words.append("another image is registered here")
+        return ", ".join(words)
+
+
+def registered(keys: KeyService) -> dict[str, RegistryEntry]:
+    """Return the registry by path."""
+    return {entry.path: entry for entry in keys.registry.entries()}
+
+
+def look(place: Place, registry: Registered | None) -> Facts:
+    """Return what a file says of itself; one that is no sealed image has a `problem`."""
+    facts = Facts(path=str(place.sealed), state="unreadable")
+    try:
+        status = os.stat(place.sealed)
+        facts.allocated = status.st_blocks * ST_BLOCK
+        with_storage = sealed.peek_storage(place.sealed)
+        try:
+            superblock, identity = peek(with_storage), read_identity(with_storage)
+        finally:
+            with_storage.close()
+        in_use = sealed.is_in_use(place.sealed)
+    except (FormatError, IntegrityError) as error:
+        facts.state, facts.problem = "damaged", error.detail
+        return facts
+    except (SealfsError, OSError) as error:
+        facts.problem = error.detail if isinstance(error, SealfsError) else error.strerror
+        return facts
+    _take(facts, superblock, identity)
+    facts.state = "in use" if in_use else "clean" if superblock.clean else "needs recovery"
+    facts.shown_as = str(place.shown) if place.shown is not None else None
+    if registry is not None:
+        entry = registry.get(os.path.realpath(place.sealed))
+        facts.registration = (
+            "no"
+            if entry is None
+            else "yes"
+            if (entry.image_uuid, entry.vm_id) == (identity.uuid, identity.vm_id)
+            else "other"
+        )
+    return facts
+
+
+def verify(facts: Facts, place: Place, keys: KeyService) -> SealfsError | None:
+    """Verify what the file says, and add what its key record says.
+
+    Returns:
+        What is wrong with the image itself; a key that cannot be had is only noted.
+    """
+    assert facts.vm_id is not None
+    record = next((info for info in keys.records() if info.kmi == facts.kmi), None)
+    facts.key = record.to_json() if record is not None else None
+    live = _live(place)
+    if live is not None:
+        facts.live = live
+        facts.size = int(live["size"])
+        facts.unverified = ["kmi", "created"]  # the mount verified the rest at its first open
+        facts.unverified_because = "the image is in use; its mount tells the rest"
+        return None
+    if facts.state == "in use":
+        facts.unverified_because = "another process has the image open"
+        return None
+    try:
+        storage = sealed.peek_storage(place.sealed)
+        try:
+            identity = read_identity(storage)
+            with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
+                image = sealed.open_with(storage, identity, vm_key)
+            _take_identity(facts, image.identity)
+            facts.size = image.size
+            image.abandon()
+        finally:
+            storage.close()
+    except (KeyServiceError, OSError) as error:
+        facts.unverified_because = str(error)
+        return None
+    except (FormatError, IntegrityError, StorageFailed) as error:
+        if sealed.is_in_use(place.sealed):
+            facts.state = "in use"
+            facts.unverified_because = "somebody began to use the image just now"
+            return None
+        facts.state, facts.problem = "damaged", error.detail
+        facts.unverified_because = error.detail
+        return error
+    facts.unverified = []
+    return None
+
+
+def key_text(record: KeyInfo | Mapping[str, Any]) -> str:
+    """Return the slots of a key record in a few words."""
+    found = record if isinstance(record, Mapping) else record.to_json()
+    if found["problem"]:
+        return str(found["problem"])
+    slots: Any = found["slots"]
+    return ", ".join(slot_text(slot) for slot in slots)
+
+
+def slot_text(slot: Mapping[str, Any]) -> str:
+    """Return one slot in a few words."""
+    if slot["kind"] == "recovery":
+        return f"recovery {str(slot['recipient'])[:8]}"
+    where = "" if slot["is_of_this_tpm"] else " of another TPM"
+    pcrs = f" PCR {','.join(map(str, slot['pcrs']))}" if slot["pcrs"] else ""
+    return f"{slot['kind']}{where}{pcrs}"
+
+
+def full_size(geometry: Geometry, size: int) -> int:
+    """Return the bytes that an image takes when every block of its disk is written."""
+    groups = -(-block_count_of(size) // geometry.group_blocks)
+    nodes, level = 0, groups
+    for _ in range(geometry.depth):
+        level = -(-level // geometry.fanout)
+        nodes += level
+    chunks = -(-nodes // geometry.chunk_nodes)
+    return geometry.slot_offset(groups + chunks)
+
+
+def _take(facts: Facts, superblock: Superblock, identity: Identity) -> None:
+    _take_identity(facts, identity)
+    facts.size = superblock.size
+    facts.full_size = full_size(superblock.geometry, superblock.size)
+
+
+def _take_identity(facts: Facts, identity: Identity) -> None:
+    facts.vm_id, facts.disk, facts.kmi = identity.vm_id, identity.label, identity.kmi
+    facts.image_uuid = identity.uuid.hex()
+    try:
+        created = datetime.datetime.fromtimestamp(identity.created, datetime.UTC)
+        facts.created = created.isoformat()
+    except (OverflowError, ValueError, OSError):
+        facts.created = str(identity.created)
+    facts.recovery_keys = [recipient_text(slot) for slot in identity.recovery_slots]
+
+
+def _live(place: Place) -> dict[str, Any] | None:
+    """Return what the mount that has the image open says of it."""
+    if place.mount is None:
+        return None
+    wanted = os.path.realpath(place.sealed)
+    for image in place.mount.status["images"]:
+        if image["path"] == wanted:
+            found: dict[str, Any] = image
+            return found
+    return None
+
+
+def sealed_files(directory: Path) -> list[Path]:
+    """Return the sealed files below a directory, sorted.
+
+    Raises:
+        OSError: the directory itself cannot be read.
+    """
+    with os.scandir(directory):
+        pass
+    return sorted(
+        Path(parent, name)
+        for parent, _, names in os.walk(directory)
+        for name in names
+        if name.endswith(sealed.SUFFIX) and not name.startswith(".")
+    )

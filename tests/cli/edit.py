@@ -1,0 +1,97 @@
+"""Damage a sealed image in one of the ways the transcripts need: edit.py IMAGE WAY [ARGUMENT].
+
+`version N` and `features N` rewrite both superblocks; `--remac` gives them a right MAC again, with
+the image's key from the state directory, as an attacker who has the key could. `flip OFFSET`
+inverts a byte; `block N` damages the ciphertext of a block of the disk; `cut SIZE` truncates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import struct
+from pathlib import Path
+
+from sealfs.cli import sealed
+from sealfs.image.cipher import Subkeys, mac_of
+from sealfs.image.format import SUPERBLOCK_SIZE
+from sealfs.image.layout import Geometry
+from sealfs.image.recovery import read_identity
+from sealfs.keys.service import KeyService
+
+VERSION_AT, FEATURES_AT = 8, 12  # FORMAT.md 4.1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("image", type=Path)
+    parser.add_argument("way", choices=["version", "features", "flip", "block", "cut"])
+    parser.add_argument("argument", type=int)
+    parser.add_argument("--remac", action="store_true")
+    chosen = parser.parse_args()
+    fd = os.open(chosen.image, os.O_RDWR)
+    match chosen.way:
+        case "version" | "features":
+            at = VERSION_AT if chosen.way == "version" else FEATURES_AT
+            for copy in (0, 1):
+                rewrite(fd, chosen.image, copy, at, chosen.argument, chosen.remac)
+        case "flip":
+            flip(fd, chosen.argument)
+        case "block":
+            flip(fd, place_of_block(chosen.image, chosen.argument))
+        case "cut":
+            os.ftruncate(fd, chosen.argument)
+
+
+def flip(fd: int, offset: int) -> None:
+    os.pwrite(fd, bytes([os.pread(fd, 1, offset)[0] ^ 0xFF]), offset)
+
+
+def rewrite(fd: int, path: Path, copy: int, at: int, value: int, remac: bool) -> None:
+    offset = Geometry().superblock_offset(copy)
+    raw = bytearray(os.pread(fd, SUPERBLOCK_SIZE, offset))
+    if not any(raw):
+        return
+    struct.pack_into("<I", raw, at, value)
+    if remac:
+        with image_keys(path) as keys:
+            raw[-32:] = mac_of(keys.superblock, bytes(raw[:-32]))
+    os.pwrite(fd, raw, offset)
+
+
+class image_keys:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Subkeys:
+        storage = sealed.peek_storage(self._path)
+        identity = read_identity(storage)
+        storage.close()
+        with (
+            KeyService.open(Path(os.environ["SEALFS_STATE"])) as keys,
+            keys.unseal(identity.kmi, identity.vm_id) as vm_key,
+        ):
+            image_key = vm_key.unwrap_image_key(identity.uuid, identity.wrapped_keys[0][1])
+        return Subkeys.derive(image_key, identity.uuid, identity.key_generation)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def place_of_block(path: Path, block: int) -> int:
+    storage = sealed.peek_storage(path)
+    identity = read_identity(storage)
+    with (
+        KeyService.open(Path(os.environ["SEALFS_STATE"])) as keys,
+        keys.unseal(identity.kmi, identity.vm_id) as vm_key,
+    ):
+        image = sealed.open_with(storage, identity, vm_key)
+    volume = image._volume
+    group, index = divmod(block, volume.geometry.group_blocks)
+    offset = volume.geometry.block_offset(volume.tree.slot_of(group), index)
+    image.abandon()
+    return offset
+
+
+if __name__ == "__main__":
+    main()
