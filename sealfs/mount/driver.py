@@ -381,6 +381,7 @@ class Disks:
                     return
                 await self._quietly(disk, disk.flush)
                 self._announce_room()
+                await trio.lowlevel.checkpoint()  # the waiters look first
         finally:
             self._relieving = False
             self._announce_room()
