@@ -34,6 +34,9 @@ TAG_SIZE = 16
 EPOCH_BLOCKS_MAX = 1 << 31
 """Blocks sealed under one epoch's key (FORMAT.md 3.2): far below GCM's own bounds."""
 
+_ACCEPTED_MAX = 1 << 20
+"""Blocks that wait to be committed at most: 4 GiB, far more than any dirty cache."""
+
 _FLAGS = struct.pack("<I", PRESENT)
 _NONCE = struct.Struct("<IQ")
 _INDEX = struct.Struct("<Q")
@@ -131,6 +134,11 @@ class BlockCipher:
     def is_spent(self) -> bool:
         """Whether a new epoch must be drawn before the next seal."""
         return self._epoch == 0 or self._counter >= EPOCH_BLOCKS_MAX
+
+    @property
+    def is_nearly_spent(self) -> bool:
+        """Whether what is accepted now may find the epoch spent when it is committed."""
+        return self._epoch == 0 or self._counter + _ACCEPTED_MAX >= EPOCH_BLOCKS_MAX
 
     def forget(self) -> None:
         """Wipe the image keys and let go of what was derived from them."""

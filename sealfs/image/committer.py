@@ -35,6 +35,8 @@ class Committer:
         self.reserved: dict[int, int] = {}
         """Group to the slot its first blocks will get; nothing on the disk names it yet."""
         self._new_nodes: set[int] = set()
+        self.allocating: set[int] = set()
+        """Groups that a preallocation under way gives their slots: not dirty, and not unused."""
         volume.keep_space = self.is_dirty_group
 
     # -- space
@@ -46,7 +48,6 @@ class Committer:
             NoSpace: the storage is full.
         """
         volume, tree = self._volume, self._tree
-        volume.reserve_chunks()
         for group, index, part in group_runs(first, count, self._geometry.group_blocks):
             if volume.is_reclaiming(group):
                 return False
@@ -70,6 +71,17 @@ class Committer:
             volume.reserve_nodes(len(self._new_nodes) * self._geometry.depth)
         slot = self.reserved[group] = volume.allocator.take()
         return slot
+
+    def reserve_leaves(self, groups: list[int]) -> None:
+        """Have space for both places of the leaf pages of these groups.
+
+        Raises:
+            NoSpace: the storage is full.
+        """
+        for group in groups:
+            slot = self._tree.slot_of(group)
+            if slot != NO_SLOT:
+                self._volume.reserve_leaf(slot)
 
     def is_dirty_group(self, group: int) -> bool:
         """Whether a block of the group waits to be committed, or is being committed."""
@@ -184,7 +196,9 @@ class Committer:
 
     def drop_unused_slots(self) -> None:
         """Put back slots reserved for writes that were discarded before their commit."""
-        for group in [g for g in self.reserved if not self.is_dirty_group(g)]:
+        for group in [
+            g for g in self.reserved if g not in self.allocating and not self.is_dirty_group(g)
+        ]:
             self._volume.allocator.put_back(self.reserved.pop(group))
         fanout = self._geometry.fanout
         nodes = self._tree.nodes[1]

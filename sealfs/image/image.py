@@ -327,7 +327,8 @@ class SealedImage:
     def _check_writable(self) -> None:
         self._check_flushable()
         # One row of the epoch table is kept for a recovery: an image must always open.
-        self._volume.table.check_room(1 + self._volume.cipher.is_spent)
+        self._volume.table.check_room(1 + self._volume.cipher.is_nearly_spent)
+        self._volume.reserve_metadata()
 
     def _check_flushable(self) -> None:
         if self.read_only:
@@ -390,9 +391,9 @@ class SealedImage:
             yield from self._zero_steps(last * BLOCK_SIZE, end)
         # Aligned body
         if last > first:
-            yield from self._reader.load_leaves_steps(
-                self._committer.partial_groups(first, last - first)
-            )
+            cut = self._committer.partial_groups(first, last - first)
+            yield from self._reader.load_leaves_steps(cut)
+            self._committer.reserve_leaves(cut)
             yield from self._guarded(self._committer.discard_steps(first, last - first))
         if self.is_dirty:
             yield from self.flush_steps()
@@ -431,7 +432,9 @@ class SealedImage:
             stop = min(block_count_of(size) * BLOCK_SIZE, self.size)
             yield from self._zero_steps(size, stop)
         tail, end = block_count_of(size), self._geometry.size_max // BLOCK_SIZE
-        yield from self._reader.load_leaves_steps(self._committer.partial_groups(tail, end - tail))
+        cut = self._committer.partial_groups(tail, end - tail)
+        yield from self._reader.load_leaves_steps(cut)
+        self._committer.reserve_leaves(cut)
         yield from self._guarded(self._committer.shrink_steps(size))
         self.size = size
         if not self._cache.dirty:
@@ -446,6 +449,13 @@ class SealedImage:
             NoSpace: the storage is full.
         """
         self._check_writable()
+        try:
+            yield from self._allocate_steps(offset, size)
+        finally:
+            self._committer.allocating.clear()
+            self._committer.drop_unused_slots()
+
+    def _allocate_steps(self, offset: int, size: int) -> Steps[None]:
         end = min(offset + size, self._geometry.size_max)
         group_blocks = self._geometry.group_blocks
         first = offset // BLOCK_SIZE
@@ -455,14 +465,11 @@ class SealedImage:
             if slot != NO_SLOT:
                 yield partial(self._volume.reserve, slot, index, part)
                 continue
+            self._committer.allocating.add(group)
             if group not in self._committer.reserved:
                 self._committer.reserve_slot(group)
             slot = self._committer.reserved[group]
-            try:
-                yield partial(self._volume.reserve, slot, 0, group_blocks)
-            except NoSpace:
-                self._committer.drop_unused_slots()
-                raise
+            yield partial(self._volume.reserve, slot, 0, group_blocks)
             pending.append(group)
             if len(pending) >= PREALLOCATE_GROUPS:
                 yield from self._guarded(self._committer.alloc_steps(pending))

@@ -309,8 +309,15 @@ class Tree:
             *self._changed_nodes[1],
             *(group // self._fanout for group in self._stale_leaves),
         }
-        unplaced = sum(self.nodes[1][i].slot == NO_SLOT for i in indexes if i in self.nodes[1])
-        return unplaced * self._geometry.depth + (self.top.slot == NO_SLOT)
+        unplaced = {(self._geometry.depth, 0)} if self.top.slot == NO_SLOT else set()
+        for index in indexes:
+            for level in range(1, self._geometry.depth + 1):
+                node = self.nodes[level].get(index)
+                if node is not None and node.slot != NO_SLOT:
+                    break
+                unplaced.add((level, index))
+                index //= self._fanout
+        return len(unplaced)
 
     # -- MACs and checkpoint
 

@@ -150,6 +150,7 @@ class Volume:
         self._punches: list[tuple[int, int, int]] = []
         self._discarded: set[int] = set()
         self._chunks = list(tree.chunks())
+        self._has_headers = False
         self._cut = False
         self._cutting = False
         self._punching: set[int] = set()
@@ -182,17 +183,25 @@ class Volume:
         self.storage.allocate(start, end - start)
         self._space[slot] = have | wanted
 
-    def reserve_chunks(self) -> None:
-        """Have space for both places of all node pages there are, before the first write.
+    def reserve_metadata(self) -> None:
+        """Have space for headers, journal and all node pages, before a session's first change.
 
         They had it when they were made; a copy of the file may not have kept it.
 
         Raises:
             NoSpace: there is none.
         """
+        if not self._has_headers:
+            self.storage.allocate(0, self.geometry.slots_offset)
+            self._has_headers = True
         while self._chunks:
             self.reserve(self._chunks[-1], 0, self.geometry.group_blocks)
             self._chunks.pop()
+
+    def reserve_leaf(self, slot: int) -> None:
+        """Have space for both places of a slot's leaf page; raises NoSpace."""
+        if slot >= len(self._space) or not self._space[slot]:
+            self.storage.allocate(self.geometry.slot_offset(slot), 2 * BLOCK_SIZE)
 
     def is_reclaiming(self, group: int) -> bool:
         """Whether space of a group is being given back: no write may reserve it now."""
@@ -336,7 +345,7 @@ class Volume:
         if (
             page is None
             or self.tree.changed_leaf_count > LEAVES_MAX
-            or self.allocator.freed_count > FREED_SLOTS_MAX
+            or self.allocator.freed_count + len(batch.full_groups) > FREED_SLOTS_MAX
         ):
             yield from self.checkpoint_steps()
             page = self.journal.place(batch.page_count())
