@@ -160,7 +160,9 @@ class Lane:
             await trio.lowlevel.checkpoint()
             return
         now = time.perf_counter_ns()
-        if self._spin_ns and now - self._last_request_ns < SPIN_OFF_NS:
+        # Spinning takes the interpreter from a worker that seals, and with it the guest's room.
+        is_free = not self._disks.workers.busy_count
+        if is_free and self._spin_ns and now - self._last_request_ns < SPIN_OFF_NS:
             end, poll = now + self._spin_ns, self._poll.poll
             while True:
                 ready = poll(0)

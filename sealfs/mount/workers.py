@@ -39,6 +39,8 @@ class Workers:
         self._queue: SimpleQueue[tuple[Work, trio.lowlevel.Task] | None] = SimpleQueue()
         self._done: deque[tuple[trio.lowlevel.Task, outcome.Outcome[Any]]] = deque()
         self._signalled = False
+        self.busy_count = 0
+        """Pieces of work under way: they want the interpreter too."""
         self._threads = [
             threading.Thread(target=self._work, name=f"sealfs-worker-{index}", daemon=True)
             for index in range(count)
@@ -48,8 +50,12 @@ class Workers:
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work` in a thread and return its result, or raise what it raised."""
+        self.busy_count += 1
         self._queue.put((work, trio.lowlevel.current_task()))
-        result: T = await trio.lowlevel.wait_task_rescheduled(_refuse_cancel)
+        try:
+            result: T = await trio.lowlevel.wait_task_rescheduled(_refuse_cancel)
+        finally:
+            self.busy_count -= 1
         return result
 
     async def drive(self, steps: Steps[T]) -> T:
