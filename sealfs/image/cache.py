@@ -38,9 +38,9 @@ class BlockCache:
     def __init__(self, clean_max: int = CLEAN_MAX, dirty_max: int = DIRTY_MAX) -> None:
         self.clean_max = clean_max
         self.dirty_max = max(dirty_max, BLOCK_SIZE) // BLOCK_SIZE * BLOCK_SIZE
-        self._clean_count_max = clean_max // BLOCK_SIZE
         # Not a dict: taking the first item off one again and again walks over all that are gone.
-        self._clean: OrderedDict[int, bytes] = OrderedDict()
+        self.clean: OrderedDict[int, bytes] = OrderedDict()
+        """Clean blocks of all images, the one used longest ago first."""
         self._slab: mmap.mmap | None = None
         self.view = memoryview(b"")
         self._free = list(range(self.dirty_max // BLOCK_SIZE - 1, -1, -1))
@@ -48,7 +48,6 @@ class BlockCache:
         self.on_room: Callable[[], None] = lambda: None
         """Called when frames were given back."""
         self.hits = 0
-        self.misses = 0
 
     @property
     def dirty_size(self) -> int:
@@ -63,7 +62,7 @@ class BlockCache:
     @property
     def clean_size(self) -> int:
         """Bytes of clean blocks."""
-        return len(self._clean) * BLOCK_SIZE
+        return len(self.clean) * BLOCK_SIZE
 
     def attach(self) -> ImageCache:
         """Return a new image's part of the cache."""
@@ -90,26 +89,9 @@ class BlockCache:
         if len(frames) >= _SORT_COUNT_MIN:
             self._free.sort(reverse=True)
 
-    def get_clean(self, key: int) -> bytes | None:
-        """Return a clean block and remember that it was used."""
-        content = self._clean.get(key)
-        if content is None:
-            self.misses += 1
-            return None
-        self._clean.move_to_end(key)
-        self.hits += 1
-        return content
-
-    def put_clean(self, key: int, content: bytes) -> None:
-        """Keep a block that has been read; the one used longest ago makes room."""
-        clean = self._clean
-        clean[key] = content
-        if len(clean) > self._clean_count_max:
-            clean.popitem(last=False)
-
     def drop_clean(self, first: int, count: int) -> None:
         """Forget a run of clean blocks."""
-        clean = self._clean
+        clean = self.clean
         if not clean:
             return
         if count <= len(clean):
@@ -126,6 +108,8 @@ class ImageCache:
     def __init__(self, cache: BlockCache, base: int) -> None:
         self._cache = cache
         self._base = base
+        self._clean = cache.clean
+        self._clean_count_max = cache.clean_max // BLOCK_SIZE
         self.dirty: dict[int, int] = {}
         """Block to frame: accepted, not yet taken by a commit."""
         self.committing: dict[int, int] = {}
@@ -212,12 +196,20 @@ class ImageCache:
         self._cache.drop_clean(self._base + first, count)
 
     def get_clean(self, block: int) -> bytes | None:
-        """Return a clean block, if it is kept."""
-        return self._cache.get_clean(self._base + block)
+        """Return a clean block, if it is kept, and remember that it was used."""
+        key = self._base + block
+        content = self._clean.get(key)
+        if content is not None:
+            self._clean.move_to_end(key)
+            self._cache.hits += 1
+        return content
 
     def put_clean(self, block: int, content: bytes) -> None:
-        """Keep a block that has been read."""
-        self._cache.put_clean(self._base + block, content)
+        """Keep a block that has been read; the one used longest ago makes room."""
+        clean = self._clean
+        clean[self._base + block] = content
+        if len(clean) > self._clean_count_max:
+            clean.popitem(last=False)
 
     def detach(self) -> None:
         """Give everything back; what was dirty is lost."""

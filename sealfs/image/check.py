@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sealfs.errors import BlockDamaged
 from sealfs.image.cipher import TAG_SIZE
+from sealfs.image.format import ENTRY_PARTS
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, runs_of
 from sealfs.image.steps import Steps
 
@@ -70,8 +71,9 @@ def _opens(volume: Volume, group: int, index: int, page: bytes) -> bool:
     home = volume.geometry.block_offset(volume.tree.slot_of(group), index)
     sealed = bytearray(BLOCK_SIZE + TAG_SIZE)
     volume.storage.read_into(volume.inline.get(block, home), memoryview(sealed)[:BLOCK_SIZE])
+    nonce, tag, _ = ENTRY_PARTS.unpack_from(page, index * ENTRY_SIZE)
     try:
-        volume.cipher.open_block(block, sealed, page[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE])
+        volume.cipher.open_block(block, sealed, nonce, tag)
     except BlockDamaged:
         return False
     return True

@@ -119,6 +119,8 @@ class BlockCipher:
         self._path = path
         self._rows = {row.epoch: row for row in rows}
         self._keys: dict[int, AESGCM] = {}
+        self._openers: dict[bytes, Callable[[bytes, Buffer, bytes], bytes]] = {}
+        """The decrypt of an epoch's key, by the epoch as it stands in a nonce."""
         self._prefix = MAGICS["block"] + uuid
         self._on_seal = on_seal
         self._epoch = 0
@@ -146,6 +148,7 @@ class BlockCipher:
             key[:] = bytes(len(key))
         self._image_keys.clear()
         self._keys.clear()
+        self._openers.clear()
 
     def begin_epoch(self, row: EpochRow) -> None:
         """Seal under this row from now on; it must be fresh and durable."""
@@ -191,24 +194,24 @@ class BlockCipher:
                 self._on_seal(salt, epoch, counter - len(blocks) + i, block)
         return b"".join(entries)
 
-    def open_block(self, block: int, sealed: bytearray, entry: Buffer) -> bytes:
+    def open_block(self, block: int, sealed: bytearray, nonce: bytes, tag: bytes) -> bytes:
         """Return the plaintext of one block.
 
         Args:
             block: its index on the VM's disk.
             sealed: BLOCK_SIZE bytes of ciphertext and room for the tag; overwritten.
-            entry: its present entry.
+            nonce: from its present entry.
+            tag: from there too.
 
         Raises:
             BlockDamaged: it does not authenticate.
         """
-        nonce = bytes(entry[:12])
-        sealed[BLOCK_SIZE:] = entry[12:28]
-        key = self._keys.get(int.from_bytes(nonce[:4], "little"))
-        if key is None:
-            key = self._key_of_block(block, nonce)
+        sealed[BLOCK_SIZE:] = tag
+        opener = self._openers.get(nonce[:4])
+        if opener is None:
+            opener = self._openers[nonce[:4]] = self._key_of_block(block, nonce).decrypt
         try:
-            return key.decrypt(nonce, sealed, self._prefix + _INDEX.pack(block))
+            return opener(nonce, sealed, self._prefix + _INDEX.pack(block))
         except InvalidTag:
             raise self._damaged(block) from None
 

@@ -51,6 +51,8 @@ _SUPERBLOCK: Final = struct.Struct("<8sII16sQQHHBBBBII24sIBBHIIQ32s32s192s112s32
 _ROW: Final = struct.Struct("<IB3s32s")
 _IDENTITY: Final = struct.Struct("<8sII32s32s")
 ENTRY: Final = struct.Struct("<IQ16sI")
+ENTRY_PARTS: Final = struct.Struct("<12s16sI")
+"""The same 32 bytes as (nonce, tag, flags)."""
 _RECORD: Final = struct.Struct("<8s16sQIIII32s24sQIIIII60s32s32s")
 _ANCHOR: Final = struct.Struct("<Q16s")
 _ALLOC: Final = struct.Struct("<QI")

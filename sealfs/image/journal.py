@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from sealfs.errors import BlockDamaged, IntegrityError
 from sealfs.image.cipher import TAG_SIZE, BlockCipher, mac_of, same_mac
 from sealfs.image.format import (
+    ENTRY_PARTS,
     MAGICS,
     RECORD_HEADER_SIZE,
     Record,
@@ -177,9 +178,9 @@ def _payload_opens(
         sealed = bytearray(read(payload_page + i, 1)) + bytes(TAG_SIZE)
         if len(sealed) != BLOCK_SIZE + TAG_SIZE:
             return False
-        entry = record.inline_entries[i * ENTRY_SIZE : (i + 1) * ENTRY_SIZE]
+        nonce, tag, _ = ENTRY_PARTS.unpack_from(record.inline_entries, i * ENTRY_SIZE)
         try:
-            cipher.open_block(block, sealed, entry)
+            cipher.open_block(block, sealed, nonce, tag)
         except BlockDamaged:
             return False
     return True

@@ -13,7 +13,7 @@ from functools import partial
 from sealfs.errors import BlockDamaged
 from sealfs.image.cache import ImageCache
 from sealfs.image.cipher import TAG_SIZE
-from sealfs.image.format import HOLE
+from sealfs.image.format import ENTRY_PARTS
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, group_runs, runs_of
 from sealfs.image.plan import Buffer
 from sealfs.image.steps import Steps
@@ -44,11 +44,21 @@ class Reader:
         self._tree = volume.tree
         self._geometry = volume.geometry
         self._cache = cache
+        # What the hot path uses, looked up once.
+        geometry = volume.geometry
+        self._group_blocks, self._fanout = geometry.group_blocks, geometry.fanout
+        self._first_home, self._slot_size = geometry.block_offset(0, 0), geometry.slot_size
+        self._level1, self._leaves = volume.tree.nodes[1], volume.tree.leaves
+        self._read_nowait, self._open_block = volume.storage.read_nowait, volume.cipher.open_block
         self._scratch = bytearray(BLOCK_SIZE + TAG_SIZE)
         self._scratch_view = memoryview(self._scratch)[:BLOCK_SIZE]
 
     def try_block(self, block: int) -> Buffer | None:
-        """Return one block if that needs no waiting for the disk, else None."""
+        """Return one block if that needs no waiting for the disk, else None.
+
+        The hot path of a busy guest, written out flat: every call and attribute that is not
+        here is a tenth of a microsecond saved on each read.
+        """
         cache = self._cache
         if cache.dirty or cache.committing:
             newest = cache.newest(block)
@@ -57,21 +67,22 @@ class Reader:
         content = cache.get_clean(block)
         if content is not None:
             return content
-        group, index = divmod(block, self._geometry.group_blocks)
-        slot = self._tree.slot_of(group)
-        if slot == NO_SLOT:
+        group, index = divmod(block, self._group_blocks)
+        node_index, i = divmod(group, self._fanout)
+        node = self._level1.get(node_index)
+        if node is None or not node.present[i]:
             return _ZERO_BLOCK
-        leaf = self._tree.leaf(group)
+        leaf = self._leaves.get(group)
         if leaf is None or self._volume.inline:
             return None
-        entry = leaf[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE]
-        if entry == HOLE:
+        nonce, tag, flags = ENTRY_PARTS.unpack_from(leaf, index * ENTRY_SIZE)
+        if not flags:
             return _ZERO_BLOCK
-        offset = self._geometry.block_offset(slot, index)
-        if not self._storage.read_nowait(offset, self._scratch_view):
+        offset = self._first_home + node.slots[i] * self._slot_size + index * BLOCK_SIZE
+        if not self._read_nowait(offset, self._scratch_view):
             return None
         try:
-            content = self._cipher.open_block(block, self._scratch, entry)
+            content = self._open_block(block, self._scratch, nonce, tag)
         except BlockDamaged:
             return None  # blocks_steps tells damage from a commit that came between
         cache.put_clean(block, content)

@@ -97,7 +97,8 @@ class Tree:
         self._path = path
         self.nodes: list[dict[int, Node]] = [{} for _ in range(geometry.depth + 1)]
         """nodes[level][index]; level 0 is not used."""
-        self._leaves: dict[int, bytearray] = {}
+        self.leaves: dict[int, bytearray] = {}
+        """Group to leaf page, of those in memory."""
         self._stale_leaves: set[int] = set()
         self._changed_leaves: set[int] = set()
         self._stale_nodes: list[set[int]] = [set() for _ in range(geometry.depth + 1)]
@@ -195,7 +196,7 @@ class Tree:
 
     def leaf(self, group: int) -> bytearray | None:
         """Return the leaf page of a group if it is in memory."""
-        return self._leaves.get(group)
+        return self.leaves.get(group)
 
     def leaf_source(self, group: int) -> tuple[int, int, bytes]:
         """Return (slot, place hint, MAC) of a group that has a slot."""
@@ -208,23 +209,23 @@ class Tree:
 
     def admit_leaf(self, group: int, page: bytes, place: int, mac: bytes) -> bytearray | None:
         """Keep a verified leaf page, unless the group has moved on since it was read."""
-        leaf = self._leaves.get(group)
+        leaf = self.leaves.get(group)
         if leaf is not None:
             return leaf
         node, i = self.nodes[1].get(group // self._fanout), group % self._fanout
         if node is None or not node.present[i] or node.mac(i) != mac:
             return None
         node.places[i] = place
-        leaf = self._leaves[group] = bytearray(page)
-        if len(self._leaves) > LEAVES_MAX:
+        leaf = self.leaves[group] = bytearray(page)
+        if len(self.leaves) > LEAVES_MAX:
             self._evict()
         return leaf
 
     def _evict(self) -> None:
         # First in, first out: cheap, and nothing on the read path has to keep an order.
-        for group in list(islice(self._leaves, len(self._leaves) - LEAVES_MAX + LEAVES_MAX // 64)):
+        for group in list(islice(self.leaves, len(self.leaves) - LEAVES_MAX + LEAVES_MAX // 64)):
             if group not in self._changed_leaves:
-                del self._leaves[group]
+                del self.leaves[group]
 
     # -- changes
 
@@ -238,7 +239,7 @@ class Tree:
         old = node.slots[i] if node.present[i] else NO_SLOT
         node.slots[i], node.present[i] = slot, 1
         node.places[i] = 0 if mac else 1  # the next write of a new leaf goes to place 0
-        self._leaves[group] = bytearray(leaf)
+        self.leaves[group] = bytearray(leaf)
         self._mark_node(node)
         if mac:
             node.set_mac(i, mac)
@@ -252,7 +253,7 @@ class Tree:
     def put_sealed_group(self, group: int, slot: int, mac: bytes) -> int:
         """As `put_group` for a leaf page that is at place 0 and not in memory."""
         old = self.put_group(group, slot, b"", mac)
-        del self._leaves[group]
+        del self.leaves[group]
         return old
 
     def drop_group(self, group: int) -> int:
@@ -262,7 +263,7 @@ class Tree:
         slot = node.slots[i]
         node.clear(i)
         self._mark_node(node)
-        self._leaves.pop(group, None)
+        self.leaves.pop(group, None)
         self._stale_leaves.discard(group)
         self._changed_leaves.discard(group)
         return slot
@@ -270,7 +271,7 @@ class Tree:
     def set_entries(self, group: int, index: int, entries: bytes) -> None:
         """Set entries of a group whose leaf page is in memory, from `index` on."""
         at = index * ENTRY_SIZE
-        self._leaves[group][at : at + len(entries)] = entries
+        self.leaves[group][at : at + len(entries)] = entries
         self._stale_leaves.add(group)
         self._changed_leaves.add(group)
 
@@ -325,7 +326,7 @@ class Tree:
         """Compute the MACs of everything stale, bottom up, and return the root MAC."""
         for group in self._stale_leaves:
             node, i = self.nodes[1][group // self._fanout], group % self._fanout
-            node.set_mac(i, self._macs.leaf(group, self._leaves[group]))
+            node.set_mac(i, self._macs.leaf(group, self.leaves[group]))
             self._mark_node(node)
         self._stale_leaves.clear()
         top = b""
@@ -377,7 +378,7 @@ class Tree:
             # The place is outside every MAC, but the page that hints at it is to be written.
             self._changed_nodes[1].add(node.index)
             offset = geometry.leaf_offset(node.slots[i], node.places[i])
-            pages.append((offset, bytes(self._leaves[group])))
+            pages.append((offset, bytes(self.leaves[group])))
         for level in range(1, geometry.depth + 1):
             for index in sorted(self._changed_nodes[level]):
                 node = self.nodes[level][index]
@@ -400,7 +401,7 @@ class Tree:
     def settle(self) -> None:
         """Note that what `take_changes` gave is on the disk: leaf pages may be evicted again."""
         self._changed_leaves.clear()
-        if len(self._leaves) > LEAVES_MAX:
+        if len(self.leaves) > LEAVES_MAX:
             self._evict()
 
     @property
