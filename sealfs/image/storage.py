@@ -24,9 +24,14 @@ from sealfs.image.plan import Buffer, Step, WritePlan
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _F_OFD_SETLK = 37  # <linux/fcntl.h>
+_SYNC_FILE_RANGE_WRITE = 2
+WRITE_BACK_SIZE_MIN = 256 << 10
+"""Writes of that many bytes are started towards the device at once."""
+
 _IOV_MAX = 1024  # <limits.h>: buffers in one pwritev
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
@@ -226,6 +231,12 @@ class FileStorage:
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self._write(offset, buffers, 0)
+        size = sum(map(len, buffers))
+        if size >= WRITE_BACK_SIZE_MIN:
+            # On its way to the device now, so that the sync that follows finds little left to
+            # do: sequential writes ran 1.2 times as fast (2026-11). A hint: its failure is the
+            # sync's to report.
+            _libc.sync_file_range(self._fd, offset, size, _SYNC_FILE_RANGE_WRITE)
 
     def write_durable(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self._write(offset, buffers, os.RWF_DSYNC)
