@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 BLOCK_SIZE = 4096
 """Bytes in a block and in a page (FORMAT.md 1.1)."""
@@ -21,9 +22,12 @@ SIZE_MAX = 1 << 47
 """128 TiB: what four levels of 128 over groups of 128 blocks cover."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Geometry:
-    """The constants of the format as parameters (FORMAT.md 2), so that tests can be small."""
+    """The constants of the format as parameters (FORMAT.md 2), so that tests can be small.
+
+    What follows from them is computed once: offsets are asked for with every block.
+    """
 
     group_blocks: int = 128
     fanout: int = 128
@@ -32,42 +36,42 @@ class Geometry:
     identity_pages: int = 15
     journal_pages: int = JOURNAL_PAGES_MIN
 
-    @property
+    @cached_property
     def slot_pages(self) -> int:
         """Pages in a slot: two places of the leaf page and the group's blocks."""
         return self.group_blocks + 2
 
-    @property
+    @cached_property
     def slot_size(self) -> int:
         """Bytes in a slot."""
         return self.slot_pages * BLOCK_SIZE
 
-    @property
+    @cached_property
     def chunk_nodes(self) -> int:
         """Node pages in a slot that is used as a node chunk."""
         return self.slot_pages // 2
 
-    @property
+    @cached_property
     def group_count_max(self) -> int:
         """Groups that the tree can name."""
         return int(self.fanout**self.depth)
 
-    @property
+    @cached_property
     def size_max(self) -> int:
         """Bytes of the largest disk."""
         return self.group_count_max * self.group_blocks * BLOCK_SIZE
 
-    @property
+    @cached_property
     def table_rows_max(self) -> int:
         """Rows that the epoch table has room for (FORMAT.md 4.2)."""
         return (self.header_pages - 1 - self.identity_pages) * BLOCK_SIZE // 40
 
-    @property
+    @cached_property
     def journal_offset(self) -> int:
         """Where the journal begins."""
         return 2 * self.header_pages * BLOCK_SIZE
 
-    @property
+    @cached_property
     def slots_offset(self) -> int:
         """Where slot 0 begins."""
         return self.journal_offset + self.journal_pages * BLOCK_SIZE
