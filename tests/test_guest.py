@@ -7,11 +7,6 @@ Every run proves from the guest's own console that / is that disk, mounted read-
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +20,7 @@ from guest_support import (
     guest_script,
     run_guest,
 )
+from host_support import Host
 
 pytestmark = [pytest.mark.qemu, pytest.mark.fuse, pytest.mark.tpm, pytest.mark.slow]
 
@@ -32,57 +28,13 @@ VM = "guest-1"
 TRIM_MIB = 96
 
 
-class Host:
-    """A host with its own state directory, one directory of sealed images and a mount point."""
+class GuestHost(Host):
+    """A host with one VM."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.images = directory / "images"
-        self.mountpoint = directory / "plain"
+        super().__init__(directory)
         self.sealed = self.images / "guest.raw.sealed"
         self.plain = self.mountpoint / "guest.raw"
-        self.images.mkdir()
-        self.mountpoint.mkdir()
-        self.run("init", "--tpm", "swtpm")
-
-    def run(self, *arguments: str | Path, status: int = 0) -> str:
-        """Run a sealfs command as a user does; return what it prints."""
-        command = [sys.executable, "-m", "sealfs.cli.main", "--state", self.directory / "state"]
-        done = subprocess.run(
-            [str(part) for part in (*command, *arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert done.returncode == status, (arguments, done.stdout, done.stderr)
-        assert "Traceback" not in done.stderr, done.stderr
-        return done.stdout
-
-    def mount(self, options: str = "lane=on") -> None:
-        log = self.directory / "mount.log"
-        self.run("mount", self.images, self.mountpoint, "-o", options, "--log", log)
-
-    def umount(self) -> None:
-        self.run("umount", self.mountpoint)
-
-    def daemon_pid(self) -> int:
-        """Return the pid of the process that serves the mount point."""
-        from sealfs.mount.control import find_mount
-
-        found = find_mount(self.mountpoint)
-        assert found is not None
-        return int(found.status["pid"])
-
-    def kill_daemon(self) -> None:
-        """kill -9 the daemon, and clear the dead mount point away."""
-        pid = self.daemon_pid()
-        os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 20
-        while Path(f"/proc/{pid}").exists():
-            assert time.monotonic() < deadline, "the killed daemon goes away"
-            time.sleep(0.01)
-        subprocess.run(["umount", "-l", str(self.mountpoint)], check=True)
 
     def allocated(self) -> int:
         """Bytes that the sealed file takes on the storage."""
@@ -99,14 +51,13 @@ class Host:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
-    made = Host(tmp_path)
+def host(tmp_path: Path) -> Iterator[GuestHost]:
+    made = GuestHost(tmp_path)
     yield made
-    if os.path.ismount(made.mountpoint):
-        subprocess.run(["umount", "-l", str(made.mountpoint)], check=False)
+    made.clear()
 
 
-def seal_guest_disk(host: Host) -> GuestDisk:
+def seal_guest_disk(host: GuestHost) -> GuestDisk:
     """Import a bootable disk; nothing of it stays in clear."""
     disk = build_guest_disk(host.directory / "guest.raw")
     host.run("import", disk.path, host.sealed, "--vm-id", VM)
@@ -121,7 +72,7 @@ def seal_guest_disk(host: Host) -> GuestDisk:
     ("cache", "options"),
     [("none", "lane=on"), ("writeback", "lane=on"), ("none", "lane=off")],
 )
-def test_a_guest_lives_on_a_sealed_disk(host: Host, cache: Cache, options: str) -> None:
+def test_a_guest_lives_on_a_sealed_disk(host: GuestHost, cache: Cache, options: str) -> None:
     disk = seal_guest_disk(host)
     host.mount(options)
     written = run_guest(host.plain, script=guest_script("write.sh"), cache=cache).checked()
@@ -138,7 +89,7 @@ def test_a_guest_lives_on_a_sealed_disk(host: Host, cache: Cache, options: str) 
     host.check_everything()
 
 
-def test_trim_in_the_guest_gives_the_storage_its_space_back(host: Host) -> None:
+def test_trim_in_the_guest_gives_the_storage_its_space_back(host: GuestHost) -> None:
     seal_guest_disk(host)
     host.mount()
     write = guest_script("trim.sh", STAGE="write", SIZE_MIB=TRIM_MIB)
@@ -158,7 +109,7 @@ def test_trim_in_the_guest_gives_the_storage_its_space_back(host: Host) -> None:
 
 @pytest.mark.parametrize("cache", ["none", "writeback"])
 def test_what_the_guest_was_promised_survives_the_end_of_everything(
-    host: Host, cache: Cache
+    host: GuestHost, cache: Cache
 ) -> None:
     disk = seal_guest_disk(host)
     host.mount()

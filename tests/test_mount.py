@@ -344,7 +344,7 @@ def test_parallel_writers_and_readers(disk: Path) -> None:
 )
 def test_fio_verifies(disk: Path, engine: str, direct: int, depth: int) -> None:
     if shutil.which("fio") is None:
-        pytest.skip("fio is not installed")
+        pytest.fail("fio is not installed; run: tools/setup")
     done = subprocess.run(
         [
             "fio", "--name=verify", f"--filename={disk}", f"--ioengine={engine}",
@@ -361,7 +361,7 @@ def test_fio_verifies(disk: Path, engine: str, direct: int, depth: int) -> None:
 
 def test_image_tools_work_on_it(mount: Mounted) -> None:
     if shutil.which("qemu-img") is None:
-        pytest.skip("qemu-img is not installed")
+        pytest.fail("qemu-img is not installed; run: tools/setup")
     path = mount.mountpoint / "vm.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "64M"], check=True)
     script = [

@@ -427,7 +427,7 @@ def test_options_are_parsed_and_unknown_ones_named() -> None:
 
 def test_mounting_by_fusermount3_as_an_ordinary_user_does(source: Path) -> None:
     if shutil.which("fusermount3") is None:
-        pytest.skip("fusermount3 is not installed")
+        pytest.fail("fusermount3 is not installed; run: tools/setup")
     with mounted(source, source.parent / "mnt", helper=True) as mount:
         there = kernel.mounted_at(str(mount.mountpoint))
         assert there is not None
