@@ -37,7 +37,7 @@ class Committer:
         self._new_nodes: set[int] = set()
         self.allocating: set[int] = set()
         """Groups that a preallocation under way gives their slots: not dirty, and not unused."""
-        volume.keep_space = self.is_dirty_group
+        volume.space.keep = self.is_dirty_group
 
     # -- space
 
@@ -49,7 +49,7 @@ class Committer:
         """
         volume, tree = self._volume, self._tree
         for group, index, part in group_runs(first, count, self._geometry.group_blocks):
-            if volume.is_reclaiming(group):
+            if volume.space.is_reclaiming(group):
                 return False
             slot = tree.slot_of(group)
             if slot == NO_SLOT:
@@ -58,7 +58,7 @@ class Committer:
                     slot = self.reserve_slot(group)
             elif part < self._geometry.group_blocks and tree.leaf(group) is None:
                 return False
-            volume.reserve(slot, index, part)
+            volume.space.reserve(slot, index, part)
         return True
 
     def reserve_slot(self, group: int) -> int:
@@ -68,7 +68,7 @@ class Committer:
         node = self._tree.nodes[1].get(index)
         if node is None or node.slot == NO_SLOT:
             self._new_nodes.add(index)
-            volume.reserve_nodes(len(self._new_nodes) * self._geometry.depth)
+            volume.space.reserve_nodes(len(self._new_nodes) * self._geometry.depth)
         slot = self.reserved[group] = volume.allocator.take()
         return slot
 
@@ -81,7 +81,7 @@ class Committer:
         for group in groups:
             slot = self._tree.slot_of(group)
             if slot != NO_SLOT:
-                self._volume.reserve_leaf(slot)
+                self._volume.space.reserve_leaf(slot)
 
     def is_dirty_group(self, group: int) -> bool:
         """Whether a block of the group waits to be committed, or is being committed."""
@@ -188,7 +188,7 @@ class Committer:
         """Take a slot to move a group to; NO_SLOT where the storage has no room for that."""
         slot = self._volume.allocator.take()
         try:
-            self._volume.reserve(slot, 0, self._geometry.group_blocks)
+            self._volume.space.reserve(slot, 0, self._geometry.group_blocks)
         except NoSpace:
             self._volume.allocator.put_back(slot)
             return NO_SLOT
@@ -222,7 +222,7 @@ class Committer:
         holes = self._holes_in(first, count)
         # From here to the record a write into these groups waits: its slot is about to go.
         whole = self._geometry.group_blocks
-        self._volume.leaving = {
+        self._volume.space.leaving = {
             group for run in holes for group, _, part in group_runs(*run, whole) if part == whole
         }
         start, end = first, first + count
@@ -233,7 +233,7 @@ class Committer:
             self._forget(start, stop)
             start = stop
         self._forget(start, end)
-        self._volume.leaving = set()
+        self._volume.space.leaving = set()
         self.drop_unused_slots()
 
     def _forget(self, first: int, end: int) -> None:
@@ -277,7 +277,7 @@ class Committer:
         """
         tail, end = block_count_of(size), self._geometry.size_max // BLOCK_SIZE
         whole = self._geometry.group_blocks
-        self._volume.leaving = {
+        self._volume.space.leaving = {
             group for group, _, part in self._volume.live_parts(tail, end - tail) if part == whole
         }
         # The last block and the size in one record: neither is ever seen without the other.
@@ -290,7 +290,7 @@ class Committer:
         yield from self._commit_batch_steps(batch)
         self._forget(tail, end)
         self._cut_frame(size)
-        self._volume.leaving = set()
+        self._volume.space.leaving = set()
         self.drop_unused_slots()
 
     def _cut_frame(self, size: int) -> None:

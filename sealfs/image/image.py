@@ -328,7 +328,7 @@ class SealedImage:
         self._check_flushable()
         # One row of the epoch table is kept for a recovery: an image must always open.
         self._volume.table.check_room(1 + self._volume.cipher.is_nearly_spent)
-        self._volume.reserve_metadata()
+        self._volume.space.reserve_metadata()
 
     def _check_flushable(self) -> None:
         if self.read_only:
@@ -463,13 +463,13 @@ class SealedImage:
         for group, index, part in group_runs(first, block_count_of(end) - first, group_blocks):
             slot = self._tree.slot_of(group)
             if slot != NO_SLOT:
-                yield partial(self._volume.reserve, slot, index, part)
+                yield partial(self._volume.space.reserve, slot, index, part)
                 continue
             self._committer.allocating.add(group)
             if group not in self._committer.reserved:
                 self._committer.reserve_slot(group)
             slot = self._committer.reserved[group]
-            yield partial(self._volume.reserve, slot, 0, group_blocks)
+            yield partial(self._volume.space.reserve, slot, 0, group_blocks)
             pending.append(group)
             if len(pending) >= PREALLOCATE_GROUPS:
                 yield from self._guarded(self._committer.alloc_steps(pending))

@@ -44,6 +44,7 @@ from sealfs.image.layout import (
     runs_of,
 )
 from sealfs.image.plan import Buffer, PlanStep, Step, WritePlan
+from sealfs.image.space import Space
 from sealfs.image.steps import Steps
 from sealfs.image.storage import Storage, execute
 from sealfs.image.tree import EMPTY_LEAF, LEAVES_MAX, NO_SLOT, Tree
@@ -53,9 +54,6 @@ RECORD_BLOCKS_MAX = 2048
 
 FREED_SLOTS_MAX = 128
 """Slots of moved groups that wait for a checkpoint: 65 MiB by which an image may be larger."""
-
-_SPACE_PARTS = 8
-"""A slot's space is reserved in eighths (64 KiB): one bit each in a byte for the slot."""
 
 
 @dataclass(slots=True)
@@ -137,90 +135,13 @@ class Volume:
         self.allocator = Allocator(slot_count, self.geometry.chunk_nodes)
         self.inline: dict[int, int] = {}
         """Block to file offset of its newest inline payload, where that is not home yet."""
-        self.keep_space: Callable[[int], bool] = lambda group: False
-        """Whether the space of a group's holes is about to be used: they are not punched now."""
         self._live_copy = live_copy
         self._live_raw = live_raw
         self._keys = keys
         self._macs = macs
         self._random = random
         self._record_roots = record_roots
-        self._file_slots = slot_count
-        self._space = bytearray(slot_count)
-        self._punches: list[tuple[int, int, int]] = []
-        self._discarded: set[int] = set()
-        self._chunks = list(tree.chunks())
-        self._has_headers = False
-        self._cut = False
-        self._cutting = False
-        self._punching: set[int] = set()
-        self.leaving: set[int] = set()
-        """Groups that the record being written takes the slot from."""
-
-    # -- space (FORMAT.md 8.4: ENOSPC belongs to the write that needs the space)
-
-    def reserve(self, slot: int, index: int, count: int) -> None:
-        """Have space in the file system for blocks of a slot, and for its leaf pages.
-
-        Raises:
-            NoSpace: there is none.
-        """
-        if slot >= len(self._space):
-            self._space.extend(bytes(slot + 1 - len(self._space)))
-        part = max(1, self.geometry.group_blocks // _SPACE_PARTS)
-        first, last = index // part, (index + count - 1) // part
-        wanted = (1 << last + 1) - (1 << first)
-        have = self._space[slot]
-        if wanted & ~have == 0:
-            return
-        start = self.geometry.block_offset(slot, first * part)
-        end = self.geometry.block_offset(slot, min((last + 1) * part, self.geometry.group_blocks))
-        if not have:
-            if first == 0:
-                start = self.geometry.slot_offset(slot)
-            else:
-                self.storage.allocate(self.geometry.slot_offset(slot), 2 * BLOCK_SIZE)
-        self.storage.allocate(start, end - start)
-        self._space[slot] = have | wanted
-
-    def reserve_metadata(self) -> None:
-        """Have space for headers, journal and all node pages, before a session's first change.
-
-        They had it when they were made; a copy of the file may not have kept it.
-
-        Raises:
-            NoSpace: there is none.
-        """
-        if not self._has_headers:
-            self.storage.allocate(0, self.geometry.slots_offset)
-            self._has_headers = True
-        while self._chunks:
-            self.reserve(self._chunks[-1], 0, self.geometry.group_blocks)
-            self._chunks.pop()
-
-    def reserve_leaf(self, slot: int) -> None:
-        """Have space for both places of a slot's leaf page; raises NoSpace."""
-        if slot >= len(self._space) or not self._space[slot]:
-            self.storage.allocate(self.geometry.slot_offset(slot), 2 * BLOCK_SIZE)
-
-    def is_reclaiming(self, group: int) -> bool:
-        """Whether space of a group is being given back: no write may reserve it now."""
-        return self._cutting or group in self._punching or group in self.leaving
-
-    def reserve_nodes(self, count: int) -> None:
-        """Have room, on the disk, for that many new node pages at the next checkpoint.
-
-        Raises:
-            NoSpace: there is none.
-        """
-        while self.allocator.free_node_count < count:
-            slot = self.allocator.take()
-            try:
-                self.reserve(slot, 0, self.geometry.group_blocks)
-            except BaseException:
-                self.allocator.put_back(slot)
-                raise
-            self.allocator.add_chunk(slot)
+        self.space = Space(storage, self.geometry, self.allocator, tree)
 
     # -- leaves
 
@@ -280,7 +201,7 @@ class Volume:
         if record.size < self.size:
             first = block_count_of(record.size)
             self._make_holes(first, self.geometry.size_max // BLOCK_SIZE - first)
-            self._cut = True
+            self.space.note_cut()
         self.size = record.size
         for first, count in record.holes:
             self._make_holes(first, count)
@@ -303,7 +224,7 @@ class Volume:
                 continue
             self.leaf(group)
             self.tree.set_entries(group, index, HOLE * part)
-            self._punches.append((group, index, part))
+            self.space.note_holes(group, index, part)
         self._forget_inline(first, count)
 
     def live_parts(self, first: int, count: int) -> list[tuple[int, int, int]]:
@@ -322,7 +243,7 @@ class Volume:
     def _give_up(self, group: int) -> None:
         slot = self.tree.drop_group(group)
         self.allocator.free(slot)
-        self._discarded.add(slot)
+        self.space.note_given_up(slot)
         self._forget_inline(group * self.geometry.group_blocks, self.geometry.group_blocks)
 
     def _forget_inline(self, first: int, count: int) -> None:
@@ -390,7 +311,7 @@ class Volume:
         groups: list[tuple[int, int, bytes]] = []
         leaves: dict[int, bytes] = {}
         slots = [slot for _, slot in batch.full_groups + batch.allocs]
-        execute(self.storage, self._extend_plan(slots))
+        execute(self.storage, self.space.extend_plan(slots))
         # One buffer for all groups: each is on its way to the disk before the next is sealed.
         view = memoryview(bytearray(geometry.slot_size + TAG_SIZE if batch.full_groups else 0))
         for group, slot in batch.full_groups:
@@ -467,18 +388,9 @@ class Volume:
                 at += part * BLOCK_SIZE
         return plan
 
-    def _extend_plan(self, slots: Sequence[int]) -> WritePlan:
-        """Return the step that makes the file long enough for these slots."""
-        needed = max(slots, default=-1) + 1
-        if needed <= self._file_slots:
-            return []
-        step = max(1, self.geometry.group_blocks // 8)  # few changes of the length
-        self._file_slots = -(-needed // step) * step
-        return [(Step.TRUNCATE, self.geometry.slot_offset(self._file_slots))]
-
     def length_plan(self) -> WritePlan:
         """Return the step that gives the file the length its busy slots call for."""
-        return self._extend_plan([self.allocator.slot_count - 1])
+        return self.space.extend_plan([self.allocator.slot_count - 1])
 
     # -- checkpoint (FORMAT.md 8.3)
 
@@ -494,19 +406,16 @@ class Volume:
             new_epoch: draw one and seal under it from now on.
             clean: the image is being closed in order.
         """
-        self.reserve_nodes(self.tree.unplaced_nodes_max())
+        self.space.reserve_nodes(self.tree.unplaced_nodes_max())
         superblock, raw = yield lambda: self._write_checkpoint(new_epoch, clean)
         self.tree.settle()
         self.superblock, self._live_raw = superblock, raw
         self._live_copy = 1 - self._live_copy
         if new_epoch:
             self.cipher.begin_epoch(self.table.rows[-1])
-        # Step 6: the superblock is durable, so what only older states name is free now.
+        # Step 5: the superblock is durable, so what only older states name is free now.
         self.journal.release()
-        self._cut = self._cut or clean
-        yield from self._reclaim_steps()
-        if clean:
-            yield self._punch_free
+        yield from self.space.reclaim_steps(clean=clean)
 
     def _write_checkpoint(self, new_epoch: bool, clean: bool) -> tuple[Superblock, bytes]:
         old = self.superblock
@@ -519,7 +428,7 @@ class Volume:
             self.allocator.free_node(slot, position)
         self.tree.gone_nodes.clear()
         pages = self.tree.take_changes(self.allocator.take_node)
-        plan = self._extend_plan(list(self.tree.chunks()))
+        plan = self.space.extend_plan(list(self.tree.chunks()))
         plan.extend((Step.WRITE, offset, [page]) for offset, page in sorted(pages))
         plan.extend(self._table_plan())
         # Inline blocks were written home by their commits; this makes them durable too.
@@ -594,59 +503,6 @@ class Volume:
                 return  # what the damaged page names is not known: keep every row
             epochs |= epochs_of(page)
         self.table.compact(epochs)
-
-    def _reclaim_steps(self) -> Steps[None]:
-        """Punch what became holes, cut the file after a shrink, free slots."""
-        geometry = self.geometry
-        plan: WritePlan = []
-        later: list[tuple[int, int, int]] = []
-        for group, index, count in self._punches:
-            slot = self.tree.slot_of(group)
-            if slot == NO_SLOT:
-                continue
-            if self.keep_space(group):
-                later.append((group, index, count))
-                continue
-            leaf = self.tree.leaf(group)
-            if leaf is None:
-                continue  # evicted: the space stays, which costs space and nothing else
-            entries = leaf[index * ENTRY_SIZE : (index + count) * ENTRY_SIZE]
-            holes = [i for i in range(count) if entries[i * ENTRY_SIZE + 28] == 0]
-            for first, run in runs_of(holes):
-                offset = geometry.block_offset(slot, index + first)
-                plan.append((Step.PUNCH, offset, run * BLOCK_SIZE))
-            self._forget_space(slot)
-            self._punching.add(group)
-        self._punches = later
-        released = self.allocator.freed()
-        for slot in self._discarded.intersection(released):
-            plan.append((Step.PUNCH, geometry.slot_offset(slot), geometry.slot_size))
-            self._forget_space(slot)
-        self._discarded.difference_update(released)
-        if plan:
-            yield lambda: execute(self.storage, plan)
-        self._punching.clear()
-        self.allocator.release()
-        if self._cut:
-            self._cut = False
-            self._file_slots = self.allocator.trim()
-            del self._space[self._file_slots :]
-            end = geometry.slot_offset(self._file_slots)
-            self._cutting = True  # space reserved past the end would go with it
-            yield lambda: execute(self.storage, [(Step.TRUNCATE, end)])
-            self._cutting = False
-
-    def _punch_free(self) -> None:
-        """Give back the space of slots that became free in this session."""
-        free = [s for s in self.allocator.free_slots() if s < len(self._space) and self._space[s]]
-        size = self.geometry.slot_size
-        execute(
-            self.storage, [(Step.PUNCH, self.geometry.slot_offset(slot), size) for slot in free]
-        )
-
-    def _forget_space(self, slot: int) -> None:
-        if slot < len(self._space):
-            self._space[slot] = 0
 
 
 def encode_superblock(superblock: Superblock, keys: Subkeys) -> bytes:
