@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sealfs.errors import NoSpace
+from sealfs.image.batch import Batch
 from sealfs.image.cache import ImageCache
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, block_count_of, group_runs
 from sealfs.image.reader import Reader
 from sealfs.image.steps import Steps
 from sealfs.image.tree import NO_SLOT
-from sealfs.image.volume import RECORD_BLOCKS_MAX, Batch, Volume
+from sealfs.image.volume import RECORD_BLOCKS_MAX, Volume
 
 SMALL_COMMIT_BLOCKS = 64
 """Up to 256 KiB all goes inline: one device flush instead of two (FORMAT.md 8.1)."""

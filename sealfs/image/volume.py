@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from sealfs.errors import BlockDamaged, IntegrityError, StorageFailed
 from sealfs.image.allocator import Allocator
+from sealfs.image.batch import Batch
 from sealfs.image.cipher import (
     TAG_SIZE,
     BlockCipher,
@@ -32,7 +33,6 @@ from sealfs.image.format import (
     Record,
     Superblock,
     encode_table,
-    head_pages_of,
 )
 from sealfs.image.journal import Journal, Tail, encode_record
 from sealfs.image.layout import (
@@ -54,50 +54,6 @@ RECORD_BLOCKS_MAX = 2048
 
 FREED_SLOTS_MAX = 128
 """Slots of moved groups that wait for a checkpoint: 65 MiB by which an image may be larger."""
-
-
-@dataclass(slots=True)
-class Batch:
-    """What one record is to say; blocks are indexes on the VM's disk, ascending.
-
-    A block stands in at most one of `full_groups`, `direct` and `inline`.
-    """
-
-    size: int
-    barrier: bool = True
-    full_groups: list[tuple[int, int]] = field(default_factory=list)
-    """(group, free slot): all its blocks are given."""
-    allocs: list[tuple[int, int]] = field(default_factory=list)
-    direct: list[int] = field(default_factory=list)
-    inline: list[int] = field(default_factory=list)
-    holes: list[tuple[int, int]] = field(default_factory=list)
-
-    def page_count(self, other: Batch | None = None) -> int:
-        """Pages of the record, or of the one that says what `other` says as well."""
-        counts = [len(self.allocs), len(self.full_groups), len(self.direct), len(self.inline),
-                  len(self.holes)]  # fmt: skip
-        if other is not None:
-            counts[0] += len(other.allocs)
-            counts[1] += len(other.full_groups)
-            counts[2] += len(other.direct)
-            counts[3] += len(other.inline)
-        return head_pages_of(*counts) + counts[3]
-
-    def add(self, other: Batch) -> None:
-        """Say what another batch says as well."""
-        self.allocs += other.allocs
-        self.full_groups += other.full_groups
-        self.direct += other.direct
-        self.inline += other.inline
-
-    def blocks(self, group_blocks: int) -> list[int]:
-        """Return all blocks that it writes."""
-        whole = [
-            block
-            for group, _ in self.full_groups
-            for block in range(group * group_blocks, (group + 1) * group_blocks)
-        ]
-        return [*whole, *self.direct, *self.inline]
 
 
 @dataclass(slots=True)
