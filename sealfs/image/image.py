@@ -35,7 +35,7 @@ from sealfs.image.reader import ATTEMPTS_MAX, Reader
 from sealfs.image.steps import Steps, run
 from sealfs.image.storage import Storage
 from sealfs.image.tree import NO_SLOT
-from sealfs.image.volume import FREED_SLOTS_MAX, Volume
+from sealfs.image.volume import FREED_SLOTS_MAX, REPLAY_PAGES_MAX, Volume
 
 PREALLOCATE_GROUPS = 64
 """Groups that get their slots in one record."""
@@ -143,7 +143,8 @@ class SealedImage:
         """Whether the journal is half full, or many slots wait to be free."""
         journal, freed = self._volume.journal, self._volume.allocator.freed_count
         return not self.read_only and (
-            journal.used_pages * 2 >= journal.page_count or freed * 2 >= FREED_SLOTS_MAX
+            journal.used_pages * 2 >= min(journal.page_count, REPLAY_PAGES_MAX)
+            or freed * 2 >= FREED_SLOTS_MAX
         )
 
     def status(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ DEFAULT_GEOMETRY = Geometry()
 _ZEROS_SIZE = 1 << 20
 _ROWS_WANTED = 2
 """Rows of the epoch table that an opening may need: for its writes, and for a recovery after it."""
-_READ_SIZE = 1 << 20
+_READ_SIZE = 1 << 22
 
 
 def create(
@@ -206,7 +206,17 @@ def open_volume(
         record_roots=record_roots,
     )
     _occupy_slots(volume)
-    scanned = _scan_journal(storage, superblock, keys, rows, cipher)
+    journal = _read_journal(storage, superblock)
+    scanned = scan(
+        lambda page, count: bytes(journal[page * BLOCK_SIZE : (page + count) * BLOCK_SIZE]),
+        page_count=geometry.journal_pages,
+        tail=Tail(superblock.tail_page, superblock.tail_sequence, superblock.tail_mac),
+        uuid=superblock.uuid,
+        epoch=rows[-1].epoch if rows else 0,
+        key=keys.journal,
+        cipher=cipher,
+        path=path,
+    )
     for item in scanned:
         volume.apply(item.record)
         for i, block in enumerate(item.record.inline_blocks):
@@ -223,7 +233,7 @@ def open_volume(
         if table.rows_max - len(table.rows) < _ROWS_WANTED:
             volume.compact_table()
         if scanned:
-            _finish_recovery(volume)
+            _finish_recovery(volume, journal)
     return volume, identity
 
 
@@ -236,7 +246,7 @@ def _forget_holes(volume: Volume, item: Scanned) -> None:
             volume.inline.pop(block, None)
 
 
-def _finish_recovery(volume: Volume) -> None:
+def _finish_recovery(volume: Volume, journal: memoryview) -> None:
     storage, geometry = volume.storage, volume.geometry
     # What was read may live in the page cache alone: its writer was killed inside its DSYNC.
     # Writing a block home on the strength of it could then lose both versions. And the length
@@ -246,7 +256,9 @@ def _finish_recovery(volume: Volume) -> None:
     for block, offset in sorted(volume.inline.items()):
         group, index = divmod(block, geometry.group_blocks)
         home = geometry.block_offset(volume.tree.slot_of(group), index)
-        plan.append((Step.WRITE, home, [storage.read_direct(offset, BLOCK_SIZE)]))
+        at = offset - geometry.journal_offset
+        payload: Buffer = journal[at : at + BLOCK_SIZE]
+        plan.append((Step.WRITE, home, [payload]))
     execute(storage, plan)
     volume.inline.clear()
     # Crash anywhere in here: the records are still there; recovered again, to the same bytes.
@@ -334,23 +346,12 @@ def _occupy_slots(volume: Volume) -> None:
         )
 
 
-def _scan_journal(
-    storage: Storage, superblock: Superblock, keys: Subkeys, rows: list[EpochRow],
-    cipher: BlockCipher,
-) -> list[Scanned]:  # fmt: skip
+def _read_journal(storage: Storage, superblock: Superblock) -> memoryview:
+    """Read the whole journal past the page cache, in one go: at most 64 MiB, for a moment."""
     geometry = superblock.geometry
     size = geometry.journal_pages * BLOCK_SIZE
-    journal = bytearray(size)
+    journal = memoryview(bytearray(size))
     for at in range(0, size, _READ_SIZE):
         part = storage.read_direct(geometry.journal_offset + at, min(_READ_SIZE, size - at))
         journal[at : at + len(part)] = part
-    return scan(
-        lambda page, count: bytes(journal[page * BLOCK_SIZE : (page + count) * BLOCK_SIZE]),
-        page_count=geometry.journal_pages,
-        tail=Tail(superblock.tail_page, superblock.tail_sequence, superblock.tail_mac),
-        uuid=superblock.uuid,
-        epoch=rows[-1].epoch if rows else 0,
-        key=keys.journal,
-        cipher=cipher,
-        path=storage.path,
-    )
+    return journal

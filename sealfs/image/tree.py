@@ -138,7 +138,11 @@ class Tree:
         while pending:
             level, index, (slot, position, place), expected = pending.pop()
             if (slot, position) in used or position >= geometry.chunk_nodes:
-                raise FormatError(path, f"node {level}.{index}: its position is used twice")
+                raise FormatError(
+                    path,
+                    f"node {level}.{index}: position {position} of slot {slot} is used"
+                    f" twice, or beyond {geometry.chunk_nodes}",
+                )
             used.add((slot, position))
             for attempt in (place & 1, 1 - (place & 1)):
                 page = read_page(geometry.node_offset(slot, position, attempt))

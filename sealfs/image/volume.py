@@ -53,7 +53,12 @@ RECORD_BLOCKS_MAX = 2048
 """Blocks sealed for one record: 8 MiB, what a commit holds in memory beside the cache."""
 
 FREED_SLOTS_MAX = 128
-"""Slots of moved groups that wait for a checkpoint: 65 MiB by which an image may be larger."""
+"""Slots of moved groups that wait for a checkpoint. With those of the record being written an image
+may be larger by FREED_SLOTS_MAX + RECORD_BLOCKS_MAX / group_blocks slots for a while: 73 MiB."""
+
+REPLAY_PAGES_MAX = 6144
+"""Journal pages between two checkpoints: 24 MiB, however large the journal. What is in it is
+written home by the open after a crash, and that is to take less than half a second."""
 
 
 @dataclass(slots=True)
@@ -221,6 +226,7 @@ class Volume:
         page = self.journal.place(batch.page_count())
         if (
             page is None
+            or self.journal.used_pages + batch.page_count() > REPLAY_PAGES_MAX
             or self.tree.changed_leaf_count > LEAVES_MAX
             or self.allocator.freed_count + len(batch.full_groups) > FREED_SLOTS_MAX
         ):
