@@ -18,20 +18,19 @@ from hypothesis import strategies as st
 
 from sealfs.errors import FormatError, IntegrityError
 from sealfs.image import format as fmt
+from sealfs.image import record as rec
 from sealfs.image.format import (
     Anchor,
     EpochRow,
     Identity,
-    Record,
-    RecordHeader,
     Superblock,
     decode_identity,
     decode_table,
     encode_identity,
     encode_table,
-    head_pages_of,
 )
 from sealfs.image.layout import BLOCK_SIZE, Geometry
+from sealfs.image.record import Record, RecordHeader, head_pages_of
 
 fixed = settings(derandomize=True, deadline=None, max_examples=150)
 U8, U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 16, 32, 64))
@@ -162,11 +161,11 @@ def test_the_bytes_of_a_superblock_are_those_of_the_document() -> None:
 def test_the_macs_of_a_record_cover_what_the_document_says() -> None:
     record = Record(b"u" * 16, 1, 2, 3, b"p" * 32, 4, inline_blocks=[7], inline_entries=b"e" * 32)
     head = record.encode()
-    assert fmt.header_mac_input(head) == head[:192]
-    fmt.set_header_mac(head, b"h" * 32)
-    fmt.set_record_mac(head, b"m" * 32)
+    assert rec.header_mac_input(head) == head[:192]
+    rec.set_header_mac(head, b"h" * 32)
+    rec.set_record_mac(head, b"m" * 32)
     assert head[192:256] == b"h" * 32 + b"m" * 32
-    assert fmt.record_mac_input(head) == bytes(head[:224] + head[256:])
+    assert rec.record_mac_input(head) == bytes(head[:224] + head[256:])
     assert head[256:296] == struct.pack("<Q", 7) + b"e" * 32
 
 

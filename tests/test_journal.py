@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sealfs.errors import IntegrityError
-from sealfs.image import format as fmt
+from sealfs.image import record as rec
 from sealfs.image.cipher import BlockCipher, mac_of
-from sealfs.image.format import EpochRow, Record
+from sealfs.image.format import EpochRow
 from sealfs.image.journal import Journal, Scanned, Tail, encode_record, scan
+from sealfs.image.record import Record
 
 PAGE = 4096
 UUID = bytes(range(16))
@@ -221,8 +222,8 @@ def test_authentic_counts_that_do_not_fit_are_not_followed(counts: list[int], pa
 
 def authentic(head: bytearray) -> bytes:
     """Give a header and body MACs that are right."""
-    fmt.set_header_mac(head, mac_of(KEY, fmt.header_mac_input(head)))
-    fmt.set_record_mac(head, mac_of(KEY, fmt.record_mac_input(head)))
+    rec.set_header_mac(head, mac_of(KEY, rec.header_mac_input(head)))
+    rec.set_record_mac(head, mac_of(KEY, rec.record_mac_input(head)))
     return bytes(head)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sealfs.image.format import head_pages_of
+from sealfs.image.record import head_pages_of
 
 
 @dataclass(slots=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from sealfs.errors import BlockDamaged, IntegrityError
 from sealfs.image.cipher import TAG_SIZE, BlockCipher, mac_of, same_mac
-from sealfs.image.format import (
-    ENTRY_PARTS,
-    MAGICS,
+from sealfs.image.format import ENTRY_PARTS, MAGICS
+from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE
+from sealfs.image.record import (
     RECORD_HEADER_SIZE,
     Record,
     RecordHeader,
@@ -21,7 +21,6 @@ from sealfs.image.format import (
     set_header_mac,
     set_record_mac,
 )
-from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE
 
 _SCAN_SIZE = 1 << 20
 """Bytes read at a time when looking ahead."""

@@ -30,7 +30,6 @@ from sealfs.image.format import (
     HOLE,
     SUPERBLOCK_SIZE,
     Anchor,
-    Record,
     Superblock,
     encode_table,
 )
@@ -44,6 +43,7 @@ from sealfs.image.layout import (
     runs_of,
 )
 from sealfs.image.plan import Buffer, PlanStep, Step, WritePlan
+from sealfs.image.record import Record
 from sealfs.image.space import Space
 from sealfs.image.steps import Steps
 from sealfs.image.storage import Storage, execute
