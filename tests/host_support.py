@@ -55,13 +55,17 @@ class Host:
         self.run("umount", self.mountpoint)
         assert "Traceback" not in self.log.read_text(), self.log.read_text()
 
-    def kill_daemon(self) -> None:
-        """kill -9 the daemon, and clear the dead mount point away."""
+    def daemon_pid(self) -> int:
+        """Return the pid of the process that serves the mount point."""
         from sealfs.mount.control import find_mount
 
         found = find_mount(self.mountpoint)
         assert found is not None
-        pid = int(found.status["pid"])
+        return int(found.status["pid"])
+
+    def kill_daemon(self) -> None:
+        """kill -9 the daemon, and clear the dead mount point away."""
+        pid = self.daemon_pid()
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 20
         while Path(f"/proc/{pid}").exists():

@@ -115,3 +115,41 @@ def test_fio_verifies_after_the_daemon_was_killed_under_it(
     assert finish(fio(disk, second, how, "--rw=read"))[0] != 0
     host.umount()
     host.run("check", "--data", host.images / "disk.sealed")
+
+
+def test_an_old_daemon_leaves_the_mount_after_it_alone(host: Host) -> None:
+    host.run("create", host.images / "disk.sealed", "--size", "4M", "--vm-id", "disk")
+    host.run("create", host.images / "other.sealed", "--size", "4M", "--vm-id", "other")
+    host.mount()
+    old = host.daemon_pid()
+    with open(host.mountpoint / "disk", "rb"):
+        subprocess.run(["umount", "-l", host.mountpoint], check=True)
+        host.mount()
+        assert host.daemon_pid() != old
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{old}").exists():
+        assert time.monotonic() < deadline, "the old daemon ends with its last file"
+        time.sleep(0.01)
+    assert os.path.ismount(host.mountpoint)
+    assert sorted(os.listdir(host.mountpoint)) == ["disk", "other"]
+    host.umount()
+
+
+def test_an_image_put_back_under_a_mount_is_the_one_that_opens(host: Host) -> None:
+    sealed, plain = host.images / "disk.sealed", host.mountpoint / "disk"
+    host.run("create", sealed, "--size", "4M", "--vm-id", "disk")
+    backup = host.images / "backup"
+    shutil.copy(sealed, backup)
+    host.mount()
+    with open(plain, "r+b") as file:
+        file.write(b"newer")
+        os.fsync(file.fileno())
+    os.replace(backup, sealed)
+    with open(plain, "r+b") as file:
+        assert file.read(5) == bytes(5)
+        file.seek(0)
+        file.write(b"after")
+        os.fsync(file.fileno())
+    host.umount()
+    host.run("export", sealed, host.directory / "out.raw")
+    assert (host.directory / "out.raw").read_bytes()[:5] == b"after"

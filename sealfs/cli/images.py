@@ -15,6 +15,7 @@ from sealfs.cli.output import print_facts, print_json, print_table, printable, p
 from sealfs.cli.settings import Settings, common_options
 from sealfs.cli.survey import Facts
 from sealfs.errors import AlreadyExists, KeyServiceError, SealfsError
+from sealfs.image.layout import Geometry
 from sealfs.image.recovery import peek, read_identity
 from sealfs.image.storage import FileStorage
 
@@ -160,8 +161,10 @@ def check_command(settings: Settings, image: Path, data: bool) -> int:
     place = sealed.find(settings.about(image))
     with settings.keys() as keys, sealed.opened(settings, place, keys) as opened:
         size = opened.size
-        with progress(f"checking {place.sealed.name}", opened.status()["slots_used"]) as advance:
-            findings = _drive(opened, data, lambda: advance(1))
+        slot = Geometry().slot_size
+        total = opened.status()["slots_used"] * slot
+        with progress(f"checking {place.sealed.name}", total) as advance:
+            findings = _drive(opened, data, lambda: advance(slot))
     if settings.json:
         print_json(
             {

@@ -34,12 +34,11 @@ def mount_command(
     foreground: bool,
     log_file: Path | None,
 ) -> int:
-    r"""Serve every NAME.sealed under SOURCE_DIR as the plain file MOUNTPOINT/NAME.
+    """Serve every NAME.sealed under SOURCE_DIR as the plain file MOUNTPOINT/NAME.
 
     Returns when the names are served; each image is unsealed at its first open. Files made under
     the mount are sealed images. The log goes to syslog.
 
-    \b
     Options: ro, cache=256M, dirty=64M, allow_other, noallow_other, uid=N, gid=N, mode=OCTAL,
     create=yes|no, vm-id=path|dir, direct_io, lane=on|off, noexec, noatime, context=...
     """
@@ -50,6 +49,7 @@ def mount_command(
     KeyService.open(settings.state, tpm=settings.tpm).close()
     if not foreground:
         _warn_of_plain_files(source)
+        _warn_of_hidden_files(mountpoint)
     state = settings.state.absolute()  # a daemon's working directory is the root
     interrupts.uninstall()
     return session.mount_directory(
@@ -69,6 +69,13 @@ def mount_command(
 def umount_command(settings: Settings, mountpoint: Path) -> None:
     """Unmount; returns when every image is flushed and clean."""
     session.unmount(settings.about(mountpoint))
+
+
+def _warn_of_hidden_files(mountpoint: Path) -> None:
+    """Whatever lies in a mount point is in clear, and out of sight while it is mounted over."""
+    count = len(os.listdir(mountpoint))
+    if count:
+        warn(f'"{mountpoint}" is not empty: {count} files in it are hidden, and not sealed')
 
 
 def _warn_of_plain_files(source: Path) -> None:

@@ -27,7 +27,7 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
+    console = Console() if sys.stdout and sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for head in heads:
         table.add_column(head, overflow="fold")
@@ -68,7 +68,7 @@ def size_text(size: int | None) -> str:
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Advance]:
     """Show a bar with rate and time left while the block runs, on a terminal only."""
-    if not sys.stderr.isatty() or not total:
+    if not sys.stderr or not sys.stderr.isatty() or not total:
         yield lambda count: None
         return
     # rich.progress takes a quarter of a second to load.

@@ -219,16 +219,18 @@ def find_mount(path: Path, run_dir: Path | None = None) -> RunningMount | None:
     A mount whose daemon is gone does not answer and is not found.
     """
     wanted = os.path.realpath(path)
-    best: tuple[int, RunningMount] | None = None
+    best: tuple[tuple[int, bool], RunningMount] | None = None
     for socket_path in sorted((run_dir or run_directory()).glob("*.sock")):
         try:
             status = call(socket_path, "status")
         except SealfsError:
             continue
         for place in (status["mountpoint"], status["source"]):
-            # The deepest place wins: mounts may lie below one another's directories.
-            if _is_at_or_below(wanted, place) and (best is None or len(place) > best[0]):
-                best = (len(place), RunningMount(socket_path, status))
+            # The deepest place wins: mounts may lie below one another's directories. Of two at
+            # one place the one that is on top, not the one that was unmounted lazily.
+            rank = (len(place), status["is_mounted"])
+            if _is_at_or_below(wanted, place) and (best is None or rank > best[0]):
+                best = (rank, RunningMount(socket_path, status))
     return None if best is None else best[1]
 
 

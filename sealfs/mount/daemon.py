@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from sealfs.errors import SealfsError, StorageFailed
+from sealfs.errors import SealfsError, StorageFailed, UsageError
 from sealfs.mount.control import error_document, error_from
 
 _PR_SET_DUMPABLE = 4  # <linux/prctl.h>
@@ -38,12 +38,24 @@ def harden() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
 
 
-def set_up_log(*, foreground: bool, file: Path | None, verbose: int) -> None:
-    """Send the log to stderr in the foreground, else to `file`, else to syslog (daemon)."""
+def set_up_log(
+    *, foreground: bool, file: Path | None, verbose: int, fallback: Path | None = None
+) -> None:
+    """Send the log to stderr in the foreground, else to `file`, else to syslog (daemon).
+
+    Args:
+        foreground: whether stderr is somebody's.
+        file: asked for by the user.
+        verbose: 0 warnings, 1 information, 2 everything.
+        fallback: the file to use on a host without syslog.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     handler: logging.Handler
     text = "sealfs[%(process)d]: %(levelname)s: %(message)s"
     if file is not None:
-        handler = logging.FileHandler(file)
+        handler = _file_handler(file)
         text = "%(asctime)s " + text
     elif foreground:
         handler = logging.StreamHandler(sys.stderr)
@@ -54,7 +66,8 @@ def set_up_log(*, foreground: bool, file: Path | None, verbose: int) -> None:
             )
             handler.append_nul = False
         except OSError:
-            handler = logging.NullHandler()  # a host without syslog: --log says where
+            handler = logging.NullHandler() if fallback is None else _file_handler(fallback)
+            text = "%(asctime)s " + text
     handler.setFormatter(logging.Formatter(text))
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     for name in ("sealfs", "pyfuse3"):
@@ -62,6 +75,14 @@ def set_up_log(*, foreground: bool, file: Path | None, verbose: int) -> None:
         logger.handlers = [handler]
         logger.setLevel(level if name == "sealfs" else max(level, logging.INFO))
         logger.propagate = False
+
+
+def _file_handler(file: Path) -> logging.Handler:
+    try:
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        return logging.FileHandler(file)
+    except OSError as exc:
+        raise UsageError(file, f"the log cannot be written: {exc.strerror}") from exc
 
 
 def detach(subject: object, serve: Serve) -> int:

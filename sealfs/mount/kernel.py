@@ -215,6 +215,8 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
         code = errno.EBUSY if "busy" in detail.lower() else errno.EPERM
         if mounted_at(str(mountpoint)) is None:
             code = errno.EINVAL
+        elif code == errno.EPERM:
+            raise UsageError(mountpoint, f"is not yours to unmount: {detail}")
     if code == errno.EBUSY:
         held = holders(str(mountpoint))
         by = f" by {', '.join(held)}" if held else ""

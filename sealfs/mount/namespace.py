@@ -202,7 +202,10 @@ class Namespace(pyfuse3.Operations):
         async with self._changing:
             await self._refuse_taken(path.parent, _decoded(name))
             try:
-                await self._run(partial(self._opener.create, path, vm_id, owner))
+                shares = self._options.vm_id_from_directory
+                await self._run(
+                    partial(self._opener.create, path, vm_id, owner, shares_directory=shares)
+                )
             except AlreadyExists as exc:
                 log.error('image="%s" vm="%s" not created: %s', path, vm_id, exc.detail)
                 raise
@@ -370,6 +373,14 @@ class Namespace(pyfuse3.Operations):
         if is_writing:
             self._refuse_read_only()
         is_first = self._disks.find(node.key) is None
+        try:
+            status = await self._run(node.path.lstat)
+        except OSError as exc:
+            raise pyfuse3.FUSEError(exc.errno or errno.EIO) from None
+        if (status.st_dev, status.st_ino) != node.key:
+            # Another file stands there now, a backup put back: the kernel looks the name up
+            # again and opens that one, not the unlinked one we may still have in use.
+            raise pyfuse3.FUSEError(errno.ESTALE)
         try:
             disk = await self._disks.acquire(node.key, node.path)
         except Exception as exc:

@@ -155,8 +155,16 @@ class Opener:
         self._sizes[key] = (status.st_mtime_ns, status.st_ctime_ns, size)
         return size
 
-    def create(self, path: Path, vm_id: str, owner: Ownership) -> None:
+    def create(
+        self, path: Path, vm_id: str, owner: Ownership, *, shares_directory: bool = False
+    ) -> None:
         """Make an empty sealed image for the VM `vm_id` at `path`.
+
+        Args:
+            path: of the sealed file to be.
+            vm_id: whose disk it is.
+            owner: of the file.
+            shares_directory: the disks of one directory are one VM's.
 
         Raises:
             AlreadyExists: the path is taken, or the VM id belongs to another path.
@@ -167,7 +175,10 @@ class Opener:
         temporary = path.parent / f".{uuid.uuid4().hex}.new"
         with self._lock:
             for entry in self._keys.registry.entries():
-                if entry.vm_id == vm_id and entry.path != str(path):
+                other = Path(entry.path)
+                is_same = other == path or (shares_directory and other.parent == path.parent)
+                # An entry whose file is gone blocks nobody.
+                if entry.vm_id == vm_id and not is_same and os.path.lexists(other):
                     raise AlreadyExists(
                         path, f'VM id "{vm_id}" belongs to "{entry.path}"; choose another name'
                     )

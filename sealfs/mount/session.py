@@ -69,6 +69,7 @@ class Session:
         run_dir: Path,
     ) -> None:
         self._source = source
+        self._mounted = kernel.mounted_at(str(mountpoint))
         self._mountpoint = mountpoint
         self._options = options
         self._device_fd = device_fd
@@ -195,9 +196,20 @@ class Session:
                 log.info("ends on %s", signal.Signals(number).name)
                 # Lazily: whoever still has files open gets errors from now on, no new ones come.
                 with contextlib.suppress(SealfsError):
-                    await self._workers.run(partial(kernel.unmount, self._mountpoint, lazy=True))
+                    if self.is_mounted():
+                        await self._workers.run(
+                            partial(kernel.unmount, self._mountpoint, lazy=True)
+                        )
                 scope.cancel()
                 return
+
+    def is_mounted(self) -> bool:
+        """Whether what is mounted at the mount point is this mount.
+
+        After 'umount -l' another one may be there, while files of this one are open still.
+        """
+        there = kernel.mounted_at(str(self._mountpoint))
+        return there is not None and there == self._mounted
 
     # Verbs of the control socket.
 
@@ -217,6 +229,7 @@ class Session:
             "pid": os.getpid(),
             "source": str(self._source),
             "mountpoint": str(self._mountpoint),
+            "is_mounted": self.is_mounted(),
             "options": self._options.describe(),
             "dirty": self._cache.dirty_size,
             "requests": dict(self._lane.served) if self._lane is not None else {},
@@ -283,7 +296,10 @@ def mount_directory(
     def serve(ready: Callable[[], None]) -> int:
         from sealfs.mount.opener import Opener
 
-        daemon.set_up_log(foreground=foreground, file=log_file, verbose=verbose)
+        where = run_dir or control.run_directory()
+        daemon.set_up_log(
+            foreground=foreground, file=log_file, fallback=where / "mount.log", verbose=verbose
+        )
         daemon.harden()
         cache = BlockCache(clean_max=options.cache_size, dirty_max=options.dirty_size)
         opener = Opener(keys(), cache, read_only=options.read_only)
@@ -314,6 +330,7 @@ def serve_mount(
 ) -> int:
     """Mount and serve in this process until the mount ends; return the exit status."""
     device_fd = kernel.mount(source, mountpoint, options)
+    ours = kernel.mounted_at(str(mountpoint))
     try:
         session = Session(
             source,
@@ -330,9 +347,9 @@ def serve_mount(
         finally:
             session.dispose()
     finally:
-        # Normally unmounted already; never leave a dead mount point behind.
-        there = kernel.mounted_at(str(mountpoint))
-        if there is not None and there.fstype == kernel.FSTYPE:
+        # Normally unmounted already; never leave a dead mount point behind. Only our own: after
+        # 'umount -l' another sealfs may serve this place.
+        if ours is not None and kernel.mounted_at(str(mountpoint)) == ours:
             with contextlib.suppress(SealfsError):
                 kernel.unmount(mountpoint, lazy=True)
     return status
