@@ -102,7 +102,9 @@ def test_nothing_stays_loaded_after_success_or_failure(standing, tpm):
     tpm.random(100)
     tpm.pcr_values(range(24))
     with pytest.raises(KeyRecordDamaged):
-        tpm.unseal(SealedObject(sealed.public, sealed.private[:-1] + bytes([sealed.private[-1] ^ 1])))
+        tpm.unseal(
+            SealedObject(sealed.public, sealed.private[:-1] + bytes([sealed.private[-1] ^ 1]))
+        )
     with standing.esapi() as esapi:
         assert handles(esapi, 0x80000000) == []
         assert handles(esapi, 0x02000000) == []
