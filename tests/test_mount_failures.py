@@ -135,8 +135,10 @@ def test_a_damaged_block_is_eio_once_in_the_log_and_the_others_are_fine(
     with open(source / "bad.raw.sealed", "r+b") as file:
         count = geometry.slot_count_of(os.fstat(file.fileno()).st_size)
         for slot in range(count):
-            file.seek(geometry.block_offset(slot, 1) + 7)
-            file.write(b"!")
+            file.seek(geometry.block_offset(slot, 1))
+            damaged = bytes(byte ^ 1 for byte in file.read(8))
+            file.seek(geometry.block_offset(slot, 1))
+            file.write(damaged)
     with mounted(source, source.parent / "mnt", options=f"lane={lane}") as mount:
         fd = os.open(mount.mountpoint / "bad.raw", os.O_RDWR | os.O_DIRECT)
         for _ in range(3):
