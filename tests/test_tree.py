@@ -19,7 +19,7 @@ from sealfs.image.allocator import Allocator
 from sealfs.image.cipher import TreeMacs
 from sealfs.image.format import NO_MAC
 from sealfs.image.layout import Geometry
-from sealfs.image.tree import EMPTY_LEAF, NO_SLOT, Node, Tree, holes_in, is_hole
+from sealfs.image.tree import NO_SLOT, Node, Tree
 
 PAGE = 4096
 SIZE = 1 << 20
@@ -180,7 +180,6 @@ def test_a_node_without_children_is_given_up() -> None:
     disk.drop(63)
     disk.checkpoint()
     assert sum(map(len, disk.tree.nodes)) == count - 2
-    assert disk.tree.missing_nodes(63) == 2
     assert sum(map(len, disk.load().nodes)) == count - 2
 
 
@@ -193,14 +192,6 @@ def test_the_root_depends_on_size_entries_and_slots_of_groups_and_not_on_places(
 
     assert root() == root(place=1)
     assert len({root(), root(slot=2), root(value=2), root(size=SIZE + 1)}) == 4
-
-
-def test_missing_nodes_are_those_that_a_first_block_adds() -> None:
-    tree = Tree(GEOMETRY, MACS, PATH)
-    assert [tree.missing_nodes(group) for group in (0, 63)] == [2, 2]
-    tree.put_group(0, 1, EMPTY_LEAF, None)
-    tree.refresh(SIZE)
-    assert [tree.missing_nodes(group) for group in (1, 4, 16, 63)] == [0, 1, 2, 2]
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -358,10 +349,3 @@ def test_clearing_a_child_leaves_nothing_of_it() -> None:
     node.slots[2], node.places[2], node.positions[2], node.present[2] = 5, 1, 1, 1
     node.clear(2)
     assert node.encode() == bytes(PAGE)
-
-
-def test_holes_are_told_from_entries() -> None:
-    leaf = bytearray(leaf_of(1, 2))
-    assert not holes_in(bytes(leaf[:64]))
-    assert holes_in(bytes(leaf[:96]))
-    assert [is_hole(leaf, index) for index in range(3)] == [False, False, True]

@@ -17,7 +17,7 @@ from itertools import islice
 
 from sealfs.errors import FormatError, IntegrityError
 from sealfs.image.cipher import TreeMacs, same_mac
-from sealfs.image.format import HOLE, NO_MAC, TREE_MAC_SIZE
+from sealfs.image.format import NO_MAC, TREE_MAC_SIZE
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, Geometry
 
 LEAVES_MAX = 4096
@@ -289,14 +289,6 @@ class Tree:
         """Whether a checkpoint would write a page of the tree."""
         return bool(self._changed_leaves or any(self._changed_nodes))
 
-    def missing_nodes(self, group: int) -> int:
-        """Return how many node pages a first block in this group would add."""
-        index, missing = group, 0
-        for level in range(1, self._geometry.depth + 1):
-            index //= self._fanout
-            missing += index not in self.nodes[level]
-        return missing
-
     def _node_for(self, group: int) -> Node:
         index = group // self._fanout
         node = self.nodes[1].get(index)
@@ -412,13 +404,3 @@ class Tree:
     def top(self) -> Node:
         """The top node page."""
         return self.nodes[self._geometry.depth][0]
-
-
-def holes_in(entries: bytes) -> bool:
-    """Whether some of these joined entries are holes."""
-    return entries[28::ENTRY_SIZE].count(1) != len(entries) // ENTRY_SIZE
-
-
-def is_hole(leaf: bytearray, index: int) -> bool:
-    """Whether an entry of a leaf page is a hole."""
-    return leaf[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE] == HOLE

@@ -52,11 +52,6 @@ class Relay:
         self._held_back: deque[bytearray] = deque()
         self._wake = trio.Event()
 
-    @property
-    def pyfuse3_fd(self) -> int:
-        """The descriptor to hand to pyfuse3, which closes it."""
-        return self._pyfuse3_socket.fileno()
-
     def hand_over(self) -> int:
         """Give up pyfuse3's end; return its descriptor."""
         return self._pyfuse3_socket.detach()
