@@ -381,13 +381,14 @@ class Disks:
                     return
                 await self._quietly(disk, disk.flush)
                 self._announce_room()
-                await trio.lowlevel.checkpoint()  # the waiters look first
+                await trio.lowlevel.checkpoint()
         finally:
             self._relieving = False
             self._announce_room()
 
     def _announce_room(self) -> None:
         if self._waiting:
+            self._waiting = 0  # whoever finds too little asks again
             self._room.set()
             self._room = trio.Event()
 
@@ -398,13 +399,10 @@ class Disks:
                 "cache", f"{self.cache.dirty_size} dirty bytes belong to images that failed"
             )
         self._waiting += 1
-        try:
-            if not self._relieving:
-                self._relieving = True
-                self._start(self._relieve)
-            await self._room.wait()
-        finally:
-            self._waiting -= 1
+        if not self._relieving:
+            self._relieving = True
+            self._start(self._relieve)
+        await self._room.wait()
 
     def _dirtiest(self) -> Disk | None:
         candidates = [
