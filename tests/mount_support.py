@@ -193,7 +193,7 @@ class FakeOpener:
         self._size = size
 
     def open(self, path: Path) -> Any:
-        return FakeImage(path, self._size), path.stem, bytearray(32)
+        return FakeImage(path, self._size), path.stem, bytearray(32), os.open(path, os.O_RDONLY)
 
     def vm_id_of(self, path: Path) -> str:
         return path.stem

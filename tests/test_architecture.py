@@ -26,7 +26,7 @@ DIRECTION = "cli -> mount -> image, keys -> errors; image and keys do not import
 # Library -> the rooms or modules that own it, and why nobody else may have it.
 OWNERS: dict[str, tuple[tuple[str, ...], str]] = {
     "pyfuse3": (
-        ("mount/namespace", "mount/attributes", "mount/session"),
+        ("mount/namespace", "mount/files", "mount/attributes", "mount/session"),
         "pyfuse3 ends where the namespace ends; lane and images know nothing of it",
     ),
     "trio": (("mount",), "the event loop is the mount's; image and keys are plain calls"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -15,7 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mount_support import Mounted, mounted, open_offline, seal_new
+from mount_support import Mounted, mounted, open_offline, seal_new, wait_for
+
+from sealfs.errors import NotFound, UsageError
+from sealfs.mount.control import find_mount
 
 pytestmark = [
     pytest.mark.fuse,
@@ -45,6 +49,7 @@ def mount(
     (source / "100").mkdir(parents=True)
     seal_new(base / "state", source / "disk.raw.sealed", vm_id="disk", size=SIZE)
     seal_new(base / "state", source / "100" / "disk.raw.sealed", vm_id="100/disk", size=4096)
+    seal_new(base / "state", base / "elsewhere.sealed", vm_id="200/disk", size=4096)
     (source / "forgotten.raw").write_text("plaintext")
     with mounted(source, base / "mnt", options=f"lane={request.param}") as found:
         found.lane = request.param  # type: ignore[attr-defined]
@@ -224,13 +229,117 @@ def test_names_that_cannot_be(mount: Mounted) -> None:
         os.link(root / "disk.raw", root / "link")
     with pytest.raises(FileExistsError):
         os.open(root / "disk.raw", os.O_CREAT | os.O_EXCL | os.O_RDWR)
-    # "100/disk.raw" made the VM "100/disk": a second file of that id in the directory is refused.
+    # A VM id that another path has: "200/disk" was made by a command, elsewhere.
+    (root / "200").mkdir()
     with pytest.raises(FileExistsError):
-        (root / "100" / "disk.qcow2").write_bytes(b"x")
-    assert 'VM id "100/disk" belongs to' in mount.log_text()
-    with pytest.raises(OSError, match="busy") as caught, open(root / "disk.raw", "rb"):
-        os.unlink(root / "disk.raw")
-    assert caught.value.errno == errno.EBUSY
+        (root / "200" / "disk.qcow2").write_bytes(b"x")
+    assert 'VM id "200/disk" belongs to' in mount.log_text()
+    (root / "200").rmdir()
+    # But what differs in the last suffix alone is the same VM's: a snapshot, another format.
+    for name in ("disk.qcow2", "disk.snap1", "disk"):
+        (root / "100" / name).write_bytes(b"x")
+        (root / "100" / name).unlink()
+    with pytest.raises(PermissionError):
+        os.mkfifo(root / "pipe")
+    with pytest.raises(NotADirectoryError):
+        (root / "disk.raw").rmdir()
+    with pytest.raises(IsADirectoryError):
+        (root / "100").unlink()
+
+
+def test_a_removed_file_lives_until_it_is_closed(mount: Mounted) -> None:
+    path = mount.mountpoint / "short-lived.raw"
+    sealed = mount.source / "short-lived.raw.sealed"
+    path.write_bytes(b"first" * 100_000)
+    with open(path, "r+b", buffering=0) as file, open(path, "rb") as reader:
+        inode = os.fstat(file.fileno()).st_ino
+        path.unlink()
+        assert not path.exists()
+        assert not sealed.exists()
+        found = os.fstat(file.fileno())
+        assert (found.st_nlink, found.st_size, found.st_ino) == (0, 500_000, inode)
+        # Another file may have the name meanwhile.
+        path.write_bytes(b"second")
+        assert path.stat().st_ino != inode
+        file.write(b"FIRST")
+        os.fsync(file.fileno())
+        file.truncate(600_000)
+        os.fchmod(file.fileno(), 0o640)
+        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o640
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert reader.read() == b"FIRST" + b"first" * 99_999 + bytes(100_000)
+        assert path.read_bytes() == b"second"
+        # What an administrator saves it by, who removed a disk in use.
+        saved = Path(f"/proc/self/fd/{file.fileno()}").read_bytes()
+        assert saved == b"FIRST" + b"first" * 99_999 + bytes(100_000)
+    wait_for(lambda: not deleted_files(mount), "the space of the removed file comes back")
+    assert path.read_bytes() == b"second"
+    path.unlink()
+
+
+def deleted_files(mount: Mounted) -> list[str]:
+    """Return the sealed files without a name that the daemon still has open."""
+    found = []
+    for fd in Path(f"/proc/{mount.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(fd))
+    return [link for link in found if ".sealed (deleted)" in link]
+
+
+def test_a_replaced_file_lives_until_it_is_closed(mount: Mounted) -> None:
+    old, new = mount.mountpoint / "config", mount.mountpoint / "config.new"
+    old.write_bytes(b"old")
+    with open(old, "r+b", buffering=0) as file:
+        for number in range(3):  # as editors do, again and again
+            new.write_bytes(b"new %d" % number)
+            os.rename(new, old)
+            assert old.read_bytes() == b"new %d" % number
+            assert file.seek(0) == 0
+            assert file.read() == b"old"
+        assert os.fstat(file.fileno()).st_nlink == 0
+        file.write(b" and longer")
+        assert os.fstat(file.fileno()).st_size == len(b"old and longer")
+    assert old.read_bytes() == b"new 2"
+    wait_for(lambda: not deleted_files(mount), "the space of the replaced file comes back")
+    old.unlink()
+
+
+def test_a_file_made_without_opening_it(mount: Mounted) -> None:
+    path = mount.mountpoint / "node.raw"
+    os.mknod(path, stat.S_IFREG | 0o600)
+    assert path.stat().st_size == 0
+    os.truncate(path, 1 << 30)
+    assert path.stat().st_size == 1 << 30
+    path.unlink()
+
+
+def test_resize_by_command_of_a_file_in_use_and_of_one_that_is_not(mount: Mounted) -> None:
+    path = mount.mountpoint / "grow.raw"
+    sealed = str(mount.source / "grow.raw.sealed")
+    control = find_mount(path, mount.run_dir)
+    assert control is not None
+    with open(path, "w+b", buffering=0) as file:
+        file.write(b"x" * 5000)
+        assert control.call("resize", path=sealed, size=1 << 24) == {"size": 1 << 24}
+        assert os.fstat(file.fileno()).st_size == 1 << 24  # at once, whatever the kernel caches
+        assert os.pread(file.fileno(), 9000, 4990) == b"x" * 10 + bytes(8990)
+        with pytest.raises(UsageError, match="has 16777216 bytes"):
+            control.call("resize", path=sealed, size=100)
+        assert control.call("resize", path=sealed, size=100, shrink=True) == {"size": 100}
+        assert file.seek(0, os.SEEK_END) == 100
+        file.truncate(200)
+        assert os.pread(file.fileno(), 300, 0) == b"x" * 100 + bytes(100)
+    control.call("close", path=sealed)
+    assert sealed not in [image["path"] for image in mount.status()["images"]]
+    assert control.call("resize", path=sealed, size=4097) == {"size": 4097}
+    assert path.stat().st_size == 4097
+    for wrong in ({"size": -1}, {"size": "5"}, {"size": 1 << 60}, {}):
+        with pytest.raises(UsageError):
+            control.call("resize", path=sealed, **wrong)
+    for other in ("/etc/passwd", str(mount.source / "nothing.sealed"), str(mount.source)):
+        with pytest.raises(NotFound):
+            control.call("resize", path=other, size=5)
+    path.unlink()
 
 
 def test_holes_are_punched_zeroed_and_found(mount: Mounted, disk: Path) -> None:
@@ -275,8 +384,6 @@ def test_space_comes_back_after_a_punch(mount: Mounted) -> None:
         == 0
     )
     os.close(fd)
-    from sealfs.mount.control import find_mount
-
     found = find_mount(path, mount.run_dir)
     assert found is not None
     assert found.call("flush", path=str(path))["flushed"] == [str(mount.source / "thin.raw.sealed")]

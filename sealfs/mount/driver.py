@@ -16,6 +16,7 @@ What is driven is never cancelled (see workers.py).
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import trio
 
-from sealfs.errors import StorageFailed
+from sealfs.errors import Busy, StorageFailed
 from sealfs.image.layout import BLOCK_SIZE
 from sealfs.image.plan import Buffer
 from sealfs.mount.failures import Failures
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from sealfs.image.cache import BlockCache
     from sealfs.image.image import SealedImage
 
+LOCK_WAIT = 5.0  # seconds for another process to let go of an image
+LOCK_RETRY = 0.05  # seconds between two tries
 COMMIT_INTERVAL = 5.0  # seconds after the oldest unflushed write
 IDLE_CLOSE = 60.0  # seconds after the last close
 QUIET_CHECKPOINT = 10.0  # seconds without a flush after which the journal is emptied
@@ -44,12 +47,21 @@ FileKey = tuple[int, int]
 log = logging.getLogger("sealfs.mount")
 
 
+def deleted(path: Path) -> Path:
+    """Return what stands for the path of a file without a name, as in /proc/PID/fd."""
+    return Path(f"{path} (deleted)")
+
+
 class Opened(NamedTuple):
-    """An image just opened. The image reads `image_key` as long as it is open; wiped after that."""
+    """An image just opened. The image reads `image_key` as long as it is open; wiped after that.
+
+    `fd` is the sealed file's, the image's own: good for fstat and the like as long as it is open.
+    """
 
     image: SealedImage
     vm_id: str
     image_key: bytearray
+    fd: int
 
 
 class ImageOpener(Protocol):
@@ -79,6 +91,8 @@ class Disk:
         self.idle_since = 0.0
         self.exclusive = trio.Lock()
         self.is_closing = False
+        self.is_unlinked = False  # the file has no name any more: nothing of it need be kept
+        self.fd = -1
         self.committed_at = 0.0  # time.monotonic() of the last commit
         self._workers = workers
         self._image_key = bytearray()
@@ -96,6 +110,12 @@ class Disk:
     def size(self) -> int:
         """Bytes of the plain file."""
         return self.opened.size
+
+    def file_status(self) -> os.stat_result | None:
+        """Return the status of the sealed file, with a name or without; None unless it is open."""
+        if self.image is None or self.is_closing:
+            return None
+        return os.fstat(self.fd)
 
     async def read(self, offset: int, size: int) -> Buffer:
         """Return the bytes of a range, fewer at the end of the file."""
@@ -175,14 +195,26 @@ class Disk:
         found: int | None = await self._workers.drive(self.opened.seek_steps(offset, whence))
         return found
 
-    async def open(self, opener: ImageOpener) -> None:
-        """Open the image unless it is open; a close under way is waited for."""
+    async def open(self, opener: ImageOpener, lock_wait: float) -> None:
+        """Open the image unless it is open; a close under way is waited for.
+
+        One that another process has is waited for as well, `lock_wait` seconds: the daemon of a
+        mount that was unmounted a moment ago still closes its images.
+        """
         if self.image is not None and not self.is_closing:
             return
         async with self.exclusive:
-            if self.image is None:
-                opened = await self._workers.run(partial(opener.open, self.path))
-                self.image, self.vm_id, self._image_key = opened
+            deadline = trio.current_time() + lock_wait
+            while self.image is None:
+                try:
+                    opened = await self._workers.run(partial(opener.open, self.path))
+                except Busy:
+                    if trio.current_time() >= deadline:
+                        raise
+                    await trio.sleep(LOCK_RETRY)
+                else:
+                    self.image, self.vm_id, self._image_key, self.fd = opened
+                    self.is_unlinked = False
 
     async def close(self) -> None:
         """Flush, checkpoint and close; the keys are gone afterwards, whatever happens."""
@@ -201,8 +233,9 @@ class Disk:
         image = self.opened
         self.is_closing = True
         try:
-            if image.poisoned:
-                # Nothing more can be promised; recovery at the next open decides.
+            if image.poisoned or self.is_unlinked:
+                # Nothing more can be promised, and recovery at the next open decides; or there
+                # is no next open.
                 await self._workers.run(image.abandon)
             else:
                 try:
@@ -212,6 +245,7 @@ class Disk:
                     raise
         finally:
             self.image = None
+            self.fd = -1
             self.is_closing = False
             self._image_key[:] = bytes(len(self._image_key))
 
@@ -228,6 +262,7 @@ class Disks:
         failures: Failures,
         commit_interval: float = COMMIT_INTERVAL,
         idle_close: float = IDLE_CLOSE,
+        lock_wait: float = LOCK_WAIT,
     ) -> None:
         self.workers = workers
         self.cache = cache
@@ -235,6 +270,7 @@ class Disks:
         self._opener = opener
         self._commit_interval = commit_interval
         self._idle_close = idle_close
+        self._lock_wait = lock_wait
         self._disks: dict[FileKey, Disk] = {}
         self._dirty_half = cache.dirty_max // 2
         self._relieving = False
@@ -263,10 +299,10 @@ class Disks:
             disk = self._disks[key] = Disk(key, path, self.workers)
         disk.handles += 1
         try:
-            if disk.image is None:
+            if disk.image is None or disk.is_closing:
                 disk.path = path
                 self.failures.forget(str(path))
-            await disk.open(self._opener)
+            await disk.open(self._opener, self._lock_wait)
         except BaseException:
             disk.handles -= 1
             self._drop(disk)
@@ -279,6 +315,15 @@ class Disks:
         if disk.handles == 0:
             disk.idle_since = time.monotonic()
             self._start(self._settle, disk)
+
+    def unlinked(self, key: FileKey) -> None:
+        """Note that a sealed file has lost its name; whoever has it open keeps it until closed."""
+        disk = self._disks.get(key)
+        if disk is not None and disk.image is not None:
+            disk.is_unlinked = True
+            disk.path = deleted(disk.path)
+            if disk.handles == 0:
+                self._start(self._settle, disk)
 
     async def close_idle(self, key: FileKey) -> bool:
         """Close the image of a sealed file now; False if it has open handles."""
@@ -364,6 +409,10 @@ class Disks:
     async def _settle(self, disk: Disk) -> None:
         async def settle() -> None:
             if disk.image is None or disk.handles or disk.opened.poisoned:
+                return
+            if disk.is_unlinked:
+                await disk.close()
+                self._drop(disk)
                 return
             if disk.opened.is_dirty:
                 await disk.flush()

@@ -9,14 +9,15 @@ file system and may run anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sealfs.errors import NotFound
-from sealfs.mount.driver import FileKey
+from sealfs.errors import NotFound, StorageFailed
+from sealfs.mount.driver import FileKey, deleted
 
 SUFFIX = ".sealed"
 ROOT_INODE = 1
@@ -61,6 +62,10 @@ class Nodes:
             raise NotFound(f"inode {inode}", "is not known")
         return node
 
+    def by_key(self, key: FileKey) -> Node | None:
+        """Return the node of a file, None if the kernel does not know it."""
+        return self._by_key.get(key)
+
     def note(self, path: Path, status: os.stat_result) -> Node:
         """Return the node of a file that was found at `path`, new or known."""
         key = (status.st_dev, status.st_ino)
@@ -86,7 +91,21 @@ class Nodes:
         node.lookups -= lookups
         if node.lookups <= 0:
             del self._by_inode[inode]
-            self._by_key.pop(node.key, None)
+            if self._by_key.get(node.key) is node:
+                del self._by_key[node.key]
+
+    def removed(self, key: FileKey) -> None:
+        """Note that a file or directory has no name any more.
+
+        Its number stays taken until the kernel forgets it: a new file to which the file system
+        gives the same inode gets another.
+        """
+        node = self._by_key.pop(key, None)
+        if node is not None:
+            node.path = deleted(node.path)
+
+    def __len__(self) -> int:
+        return len(self._by_inode)
 
     def moved(self, old: Path, new: Path) -> Iterator[Node]:
         """Follow a rename of a file or directory; yield each node that has a new path."""
@@ -111,12 +130,33 @@ def shown_name(name: str, status: os.stat_result) -> str:
     return name if stat.S_ISDIR(status.st_mode) else name[: -len(SUFFIX)]
 
 
-def find(directory: Path, name: str) -> tuple[Path, os.stat_result]:
+def check_directory(directory: Node) -> None:
+    """Refuse to work in a place that is not the directory it was.
+
+    Raises:
+        NotFound: it was removed or moved outside the mount.
+        StorageFailed: the same of the source directory itself, or its file system was unmounted:
+            whatever is under that path now is not ours to write to.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        status = directory.path.lstat()
+        if (status.st_dev, status.st_ino) == directory.key:
+            return
+    if directory.inode == ROOT_INODE:
+        raise StorageFailed(
+            directory.path, "the source directory is gone: removed, or its file system unmounted"
+        )
+    raise NotFound(directory.path, "no such directory any more")
+
+
+def find(parent: Node, name: str) -> tuple[Path, os.stat_result]:
     """Return path and status of what appears as `name`; a sealed file before a directory.
 
     Raises:
         NotFound: nothing appears under that name.
+        StorageFailed: the source directory is gone.
     """
+    directory = parent.path
     for candidate in (directory / (name + SUFFIX), directory / name):
         try:
             status = candidate.lstat()
@@ -124,13 +164,19 @@ def find(directory: Path, name: str) -> tuple[Path, os.stat_result]:
             continue
         if is_shown(candidate.name, status) and shown_name(candidate.name, status) == name:
             return candidate, status
+    check_directory(parent)
     raise NotFound(directory / name, "no such file")
 
 
-def entries(directory: Path) -> list[tuple[str, Path]]:
-    """Return (name under the mount, path) of what appears in a directory, sorted."""
+def entries(directory: Node) -> list[tuple[str, Path]]:
+    """Return (name under the mount, path) of what appears in a directory, sorted.
+
+    Raises:
+        NotFound, StorageFailed: the directory is gone.
+    """
+    check_directory(directory)
     found: dict[str, Path] = {}
-    with os.scandir(directory) as listing:
+    with os.scandir(directory.path) as listing:
         for entry in listing:
             try:
                 status = entry.stat(follow_symlinks=False)
@@ -153,6 +199,11 @@ def unsealed_files(source: Path, limit: int) -> list[str]:
                 if len(found) >= limit:
                     return found
     return found
+
+
+def stem(sealed: Path) -> str:
+    """Return a sealed file's name without `.sealed` and the last suffix before it."""
+    return Path(sealed.name.removesuffix(SUFFIX)).stem
 
 
 def vm_id_for(path_below: Path, *, from_directory: bool) -> str:

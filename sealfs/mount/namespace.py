@@ -1,10 +1,8 @@
-"""pyfuse3 handlers: names, attributes and handles, and the data too when the lane is off.
+"""pyfuse3 handlers of names and attributes: the tree of sealed files as the kernel sees it.
 
-Translates between the kernel's numbers and sealed files. Whatever a handler raises becomes an
-errno (failures.py): one failing request never ends the mount. `getxattr` stays pyfuse3's own
-ENOSYS, without which the kernel would ask for a security label before every write. Without the
-lane a write's own flags are not visible (pyfuse3 drops them): O_DSYNC of the handle is honoured,
-RWF_DSYNC of an asynchronous direct write is not; fallocate and lseek do not exist.
+Translates between the kernel's numbers and sealed files; open files are `files.py`'s. `getxattr`
+stays pyfuse3's own ENOSYS, without which the kernel would ask for a security label before every
+write.
 
 Concurrency: each request is a task of the trio thread. Whatever asks the file system or the key
 service runs in a worker thread; nodes and handles change only between two awaits. `_changing` is
@@ -16,25 +14,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pyfuse3
 import trio
 
-from sealfs.errors import AlreadyExists, Busy, NotFound, ReadOnly, SealfsError, UsageError
+from sealfs.errors import AlreadyExists, NotFound, UsageError
 from sealfs.mount import attributes, names
 from sealfs.mount.attributes import Attributes
-from sealfs.mount.driver import Disk, Disks
+from sealfs.mount.driver import Disks, FileKey
 from sealfs.mount.failures import Failures
-from sealfs.mount.handles import Handle, Handles
-from sealfs.mount.names import NAME_MAX, SUFFIX, Node, Nodes, Ownership
+from sealfs.mount.files import Files, guarded
+from sealfs.mount.handles import Handles
+from sealfs.mount.names import NAME_MAX, SUFFIX, Node, Ownership
 from sealfs.mount.options import MountOptions
 
 if TYPE_CHECKING:
@@ -44,28 +42,8 @@ _LISTED_AT_ONCE = 64  # directory entries looked up in one go
 
 log = logging.getLogger("sealfs.mount")
 
-P = ParamSpec("P")
-T = TypeVar("T")
 
-
-def _guarded(
-    handler: Callable[Concatenate[Namespace, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[Namespace, P], Coroutine[Any, Any, T]]:
-    """Turn whatever a handler raises into the one exception that pyfuse3 survives."""
-
-    @functools.wraps(handler)
-    async def wrapper(self: Namespace, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return await handler(self, *args, **kwargs)
-        except pyfuse3.FUSEError:
-            raise
-        except Exception as exc:
-            raise pyfuse3.FUSEError(self.code_of(exc)) from None
-
-    return wrapper
-
-
-class Namespace(pyfuse3.Operations):
+class Namespace(Files):
     """The tree of sealed files as the kernel sees it."""
 
     enable_writeback_cache = False  # the kernel would own sizes and delay writes
@@ -79,26 +57,54 @@ class Namespace(pyfuse3.Operations):
         disks: Disks,
         handles: Handles,
         failures: Failures,
+        notify: Callable[[bytes], object],
         on_init: Callable[[], None],
     ) -> None:
-        super().__init__()
-        self._source = source
-        self._options = options
-        self._opener = opener
-        self._disks = disks
-        self._handles = handles
-        self._failures = failures
+        super().__init__(
+            source,
+            options=options,
+            opener=opener,
+            disks=disks,
+            handles=handles,
+            failures=failures,
+            notify=notify,
+        )
         self._on_init = on_init
-        self._run = disks.workers.run
-        self._nodes = Nodes(source)
         self._attributes = Attributes(opener, disks)
         self._listings: dict[int, tuple[Path, list[tuple[str, Path]]]] = {}
         self._next_listing = 1
         self._changing = trio.Lock()
 
-    def code_of(self, exc: Exception) -> int:
-        """Return the errno for an exception, logging what must be logged."""
-        return self._code_of_open(exc, Path(exc.subject if isinstance(exc, SealfsError) else ""))
+    @property
+    def node_count(self) -> int:
+        """Files and directories that the kernel has in mind."""
+        return len(self._nodes)
+
+    async def resize(self, path: Path, size: int, *, may_shrink: bool) -> None:
+        """Set the size of a plain file for a command, opening the image if need be.
+
+        Durable on return, and the kernel knows of it.
+
+        Raises:
+            UsageError: it would shrink, and may not.
+            SealfsError: it could not be opened or resized.
+        """
+        self._refuse_read_only()
+        try:
+            status = await self._run(path.lstat)
+        except FileNotFoundError:
+            raise NotFound(path, "no such sealed image") from None
+        key = (status.st_dev, status.st_ino)
+        disk = await self._disks.acquire(key, path)
+        try:
+            if size < disk.size and not may_shrink:
+                raise UsageError(path, f"has {disk.size} bytes, more than {size}: would be cut off")
+            await disk.resize(size)
+        finally:
+            self._disks.release(disk)
+        node = self._nodes.by_key(key)
+        if node is not None:
+            self.attributes_changed(node.inode)
 
     def init(self) -> None:
         """Note that the kernel's INIT has come: names are served from now on."""
@@ -106,30 +112,27 @@ class Namespace(pyfuse3.Operations):
 
     # Names.
 
-    @_guarded
+    @guarded
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> Any:
         """Return the attributes of a name."""
-        path, status = await self._run(
-            partial(names.find, self._nodes.get(parent_inode).path, _decoded(name))
-        )
-        return await self._entry(path, status)
+        return await self._entry(*await self._find(parent_inode, name))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Take back lookups."""
         for inode, count in inode_list:
             self._nodes.forget(inode, count)
 
-    @_guarded
+    @guarded
     async def opendir(self, inode: int, ctx: Any) -> int:
         """List a directory once; `readdir` serves from that list."""
-        directory = self._nodes.get(inode).path
+        directory = self._nodes.get(inode)
         found = await self._run(partial(names.entries, directory))
         number = self._next_listing
         self._next_listing += 1
-        self._listings[number] = (directory, found)
+        self._listings[number] = (directory.path, found)
         return number
 
-    @_guarded
+    @guarded
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         """Reply with entries from `start_id` on, with their attributes."""
         _, found = self._listings[fh]
@@ -153,37 +156,55 @@ class Namespace(pyfuse3.Operations):
         """Drop a listing."""
         self._listings.pop(fh, None)
 
-    @_guarded
+    @guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """Make the names of a directory durable."""
         listing = self._listings.get(fh)
         if listing is not None:
             await self._run(partial(names.sync_directory, listing[0]))
 
-    @_guarded
+    @guarded
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Any) -> Any:
         """Make a directory, owned by who asked."""
         path = self._new_path(parent_inode, name, "")
         async with self._changing:
-            await self._refuse_taken(path.parent, _decoded(name))
+            await self._refuse_taken(parent_inode, name)
             status = await self._run(
                 partial(attributes.make_directory, path, mode, ctx.uid, ctx.gid)
             )
         return await self._entry(path, status)
 
-    @_guarded
+    @guarded
     async def rmdir(self, parent_inode: int, name: bytes, ctx: Any) -> None:
         """Remove an empty directory (one with hidden files is not empty)."""
         self._refuse_read_only()
-        path = self._nodes.get(parent_inode).path / _decoded(name)
         async with self._changing:
+            path, status = await self._find(parent_inode, name)
+            if not stat.S_ISDIR(status.st_mode):
+                raise pyfuse3.FUSEError(errno.ENOTDIR)
             await self._run(path.rmdir)
+            self._removed(status)
 
-    @_guarded
+    @guarded
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
+        """Make a sealed image without opening it; of devices, pipes and sockets there are none."""
+        if not stat.S_ISREG(mode):
+            raise pyfuse3.FUSEError(errno.EPERM)
+        return await self._entry(*await self._create(parent_inode, name, mode, ctx))
+
+    @guarded
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any
     ) -> tuple[Any, Any]:
         """Make a sealed image and open it."""
+        path, status = await self._create(parent_inode, name, mode, ctx)
+        entry = await self._entry(path, status)
+        info = await self._open(self._nodes.get(entry.st_ino), flags & ~os.O_TRUNC)
+        return info, entry
+
+    async def _create(
+        self, parent_inode: int, name: bytes, mode: int, ctx: Any
+    ) -> tuple[Path, os.stat_result]:
         path = self._new_path(parent_inode, name, SUFFIX)
         if not self._options.create:
             raise pyfuse3.FUSEError(errno.EPERM)
@@ -200,7 +221,7 @@ class Namespace(pyfuse3.Operations):
             mode=mode & 0o700 if chosen.mode is None else chosen.mode,
         )
         async with self._changing:
-            await self._refuse_taken(path.parent, _decoded(name))
+            await self._refuse_taken(parent_inode, name)
             try:
                 shares = self._options.vm_id_from_directory
                 await self._run(
@@ -209,24 +230,20 @@ class Namespace(pyfuse3.Operations):
             except AlreadyExists as exc:
                 log.error('image="%s" vm="%s" not created: %s', path, vm_id, exc.detail)
                 raise
-            status = await self._run(path.lstat)
-        entry = await self._entry(path, status)
-        info = await self._open(self._nodes.get(entry.st_ino), flags & ~os.O_TRUNC)
-        return info, entry
+            return path, await self._run(path.lstat)
 
-    @_guarded
+    @guarded
     async def unlink(self, parent_inode: int, name: bytes, ctx: Any) -> None:
-        """Remove a sealed image that nobody has open; the VM's key stays."""
+        """Remove a sealed image; the VM's key stays, and who has it open has it until the end."""
         self._refuse_read_only()
-        directory = self._nodes.get(parent_inode).path
         async with self._changing:
-            path, status = await self._run(partial(names.find, directory, _decoded(name)))
+            path, status = await self._find(parent_inode, name)
             if stat.S_ISDIR(status.st_mode):
                 raise pyfuse3.FUSEError(errno.EISDIR)
-            await self._close_idle(path, status)
             await self._run(partial(self._opener.remove, path))
+            self._removed(status)
 
-    @_guarded
+    @guarded
     async def rename(
         self,
         parent_inode_old: int,
@@ -240,31 +257,28 @@ class Namespace(pyfuse3.Operations):
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise pyfuse3.FUSEError(errno.EINVAL)
         self._refuse_read_only()
-        source_directory = self._nodes.get(parent_inode_old).path
         async with self._changing:
-            old, status = await self._run(partial(names.find, source_directory, _decoded(name_old)))
+            old, status = await self._find(parent_inode_old, name_old)
             is_directory = stat.S_ISDIR(status.st_mode)
             new = self._new_path(parent_inode_new, name_new, "" if is_directory else SUFFIX)
-            try:
-                there, status_there = await self._run(
-                    partial(names.find, new.parent, _decoded(name_new))
-                )
-            except NotFound:
-                pass
-            else:
+            replaced: os.stat_result | None = None
+            with contextlib.suppress(NotFound):
+                there, replaced = await self._find(parent_inode_new, name_new)
                 if flags & pyfuse3.RENAME_NOREPLACE:
                     raise AlreadyExists(there, "exists")
-                if stat.S_ISDIR(status_there.st_mode) != is_directory:
+                if stat.S_ISDIR(replaced.st_mode) != is_directory:
                     raise pyfuse3.FUSEError(errno.ENOTDIR if is_directory else errno.EISDIR)
-                if not is_directory:
-                    await self._close_idle(there, status_there)
+            if replaced is not None and os.path.samestat(replaced, status):
+                return  # rename(2): two names of one file, nothing to do
             await self._run(partial(self._opener.move, old, new))
+            if replaced is not None:
+                self._removed(replaced)
             for node in self._nodes.moved(old, new):
                 disk = self._disks.find(node.key)
                 if disk is not None:
                     disk.path = node.path
 
-    @_guarded
+    @guarded
     async def symlink(self, *args: Any) -> Any:
         """Refuse links: nothing points elsewhere, an image is registered under one path."""
         raise pyfuse3.FUSEError(errno.EPERM)
@@ -273,43 +287,33 @@ class Namespace(pyfuse3.Operations):
 
     # Attributes.
 
-    @_guarded
+    @guarded
     async def getattr(self, inode: int, ctx: Any = None) -> Any:
         """Return the attributes of the sealed file with the size of the plain one."""
-        node = self._nodes.get(inode)
-        return self._attributes.entry(
-            node, *await self._run(partial(self._attributes.status, node.path))
-        )
+        return await self._attributes.of(self._nodes.get(inode))
 
-    @_guarded
+    @guarded
     async def setattr(self, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
         """Change size, mode, owner or times; all but the size are the sealed file's own."""
         node = self._nodes.get(inode)
         self._refuse_read_only()
-        if fields.update_size:
-            if node.is_directory:
-                raise pyfuse3.FUSEError(errno.EISDIR)
-            handle = None if fh is None else self._handles.get(fh)
-            if handle is not None:
-                await self._served(handle.disk, handle.disk.resize(attr.st_size))
-            else:
-                try:
-                    disk = await self._disks.acquire(node.key, node.path)
-                except Exception as exc:
-                    raise pyfuse3.FUSEError(self._code_of_open(exc, node.path)) from None
-                try:
+        if fields.update_size and node.is_directory:
+            raise pyfuse3.FUSEError(errno.EISDIR)
+        fd: int | None = None
+        async with contextlib.AsyncExitStack() as stack:
+            if fields.update_size or self._disks.find(node.key) is not None:
+                disk = await self._acquire(node)
+                stack.callback(self._disks.release, disk)
+                fd = disk.fd
+                if fields.update_size:
                     await self._served(disk, disk.resize(attr.st_size))
-                finally:
-                    self._disks.release(disk)
-        await self._run(partial(attributes.change, node.path, attr, fields))
-        return self._attributes.entry(
-            node, *await self._run(partial(self._attributes.status, node.path))
-        )
+            await self._run(partial(attributes.change, node.path, fd, attr, fields))
+        return await self._attributes.of(node)
 
-    @_guarded
+    @guarded
     async def statfs(self, ctx: Any) -> Any:
         """Return the figures of the file system that holds the sealed files."""
-        found = await self._run(partial(os.statvfs, self._source))
+        found = await self._run(partial(_statvfs, self._nodes.get(pyfuse3.ROOT_INODE)))
         answer = pyfuse3.StatvfsData()
         for name in (
             "f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree",
@@ -319,100 +323,7 @@ class Namespace(pyfuse3.Operations):
         answer.f_namemax = NAME_MAX - len(SUFFIX)
         return answer
 
-    # Data, when the lane does not stand in front.
-
-    @_guarded
-    async def open(self, inode: int, flags: int, ctx: Any) -> Any:
-        """Open an image, at the first open from its sealed file."""
-        return await self._open(self._nodes.get(inode), flags)
-
-    @_guarded
-    async def read(self, fh: int, off: int, size: int) -> Any:
-        """Return a range."""
-        handle = self._handle(fh)
-        return await self._served(handle.disk, handle.disk.read(off, size))
-
-    @_guarded
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
-        """Take a write; durable on return for a synchronous handle."""
-        handle = self._handle(fh)
-        if not handle.is_writable:
-            raise pyfuse3.FUSEError(errno.EBADF)
-        await self._served(
-            handle.disk,
-            self._disks.write(handle.disk, off, buf, durable=handle.is_synchronous),
-        )
-        return len(buf)
-
-    @_guarded
-    async def fsync(self, fh: int, datasync: bool) -> None:
-        """Make everything written durable."""
-        disk = self._handle(fh).disk
-        await self._served(disk, disk.flush())
-
-    @_guarded
-    async def flush(self, fh: int) -> None:
-        """Report, at close(2), an image to which nothing can be written any more."""
-        handle = self._handles.get(fh)
-        if handle is not None and handle.disk.opened.poisoned:
-            raise pyfuse3.FUSEError(errno.EIO)
-
-    @_guarded
-    async def release(self, fh: int) -> None:
-        """End a handle."""
-        handle = self._handles.remove(fh)
-        if handle is not None:
-            self._disks.release(handle.disk)
-
     # Shared by the handlers.
-
-    async def _open(self, node: Node, flags: int) -> Any:
-        if node.is_directory:
-            raise pyfuse3.FUSEError(errno.EISDIR)
-        is_writing = (flags & os.O_ACCMODE) != os.O_RDONLY or bool(flags & os.O_TRUNC)
-        if is_writing:
-            self._refuse_read_only()
-        is_first = self._disks.find(node.key) is None
-        try:
-            status = await self._run(node.path.lstat)
-        except OSError as exc:
-            raise pyfuse3.FUSEError(exc.errno or errno.EIO) from None
-        if (status.st_dev, status.st_ino) != node.key:
-            # Another file stands there now, a backup put back: the kernel looks the name up
-            # again and opens that one, not the unlinked one we may still have in use.
-            raise pyfuse3.FUSEError(errno.ESTALE)
-        try:
-            disk = await self._disks.acquire(node.key, node.path)
-        except Exception as exc:
-            raise pyfuse3.FUSEError(self._code_of_open(exc, node.path)) from None
-        try:
-            if flags & os.O_TRUNC:
-                await disk.resize(0)
-            if is_first:
-                # Recovery may have found another size than the superblock told.
-                self.attributes_changed(node.inode)
-        except BaseException:
-            self._disks.release(disk)
-            raise
-        number = self._handles.add(disk, node.inode, flags)
-        return pyfuse3.FileInfo(fh=number, direct_io=self._options.direct_io, keep_cache=False)
-
-    def attributes_changed(self, inode: int) -> None:
-        """Make the kernel ask for a file's attributes again; never blocks (no page is touched)."""
-        with contextlib.suppress(OSError):  # the kernel has forgotten it already
-            pyfuse3.invalidate_inode(inode, attr_only=True)
-
-    def _code_of_open(self, exc: Exception, path: Path) -> int:
-        """Return the errno of a failed open; logged with the image, whatever the error is about."""
-        return self._failures.errno_of(exc, image=str(path), vm_id=self._opener.vm_id_of(path))
-
-    async def _served(self, disk: Disk, operation: Awaitable[T]) -> T:
-        """Await an operation on a disk; a failure is logged with its image and VM."""
-        try:
-            return await operation
-        except Exception as exc:
-            code = self._failures.errno_of(exc, image=str(disk.path), vm_id=disk.vm_id)
-            raise pyfuse3.FUSEError(code) from None
 
     async def _entry(self, path: Path, status: os.stat_result) -> Any:
         """Return attributes as the answer to a lookup, which the kernel counts."""
@@ -426,32 +337,29 @@ class Namespace(pyfuse3.Operations):
             self._nodes.forget(node.inode, 1)
             raise
 
-    def _handle(self, fh: int) -> Handle:
-        handle = self._handles.get(fh)
-        if handle is None:
-            raise pyfuse3.FUSEError(errno.EBADF)
-        return handle
-
     def _new_path(self, parent_inode: int, name: bytes, suffix: str) -> Path:
         self._refuse_read_only()
         if len(name) + len(suffix) > NAME_MAX:
             raise pyfuse3.FUSEError(errno.ENAMETOOLONG)
         return self._nodes.get(parent_inode).path / (_decoded(name) + suffix)
 
-    def _refuse_read_only(self) -> None:
-        if self._options.read_only:
-            raise ReadOnly(self._source, "is mounted read-only")
+    async def _find(self, parent_inode: int, name: bytes) -> tuple[Path, os.stat_result]:
+        return await self._run(partial(names.find, self._nodes.get(parent_inode), _decoded(name)))
 
-    async def _refuse_taken(self, directory: Path, name: str) -> None:
-        try:
-            path, _ = await self._run(partial(names.find, directory, name))
-        except NotFound:
-            return
-        raise AlreadyExists(path, "exists")
+    async def _refuse_taken(self, parent_inode: int, name: bytes) -> None:
+        with contextlib.suppress(NotFound):
+            path, _ = await self._find(parent_inode, name)
+            raise AlreadyExists(path, "exists")
 
-    async def _close_idle(self, path: Path, status: os.stat_result) -> None:
-        if not await self._disks.close_idle((status.st_dev, status.st_ino)):
-            raise Busy(path, "is open; it is removed or replaced only when nobody uses it")
+    def _removed(self, status: os.stat_result) -> None:
+        key: FileKey = (status.st_dev, status.st_ino)
+        self._nodes.removed(key)
+        self._disks.unlinked(key)
+
+
+def _statvfs(root: Node) -> os.statvfs_result:
+    names.check_directory(root)
+    return os.statvfs(root.path)
 
 
 def _decoded(name: bytes) -> str:

@@ -31,6 +31,7 @@ from sealfs.image.image import SealedImage
 from sealfs.image.layout import geometry_for
 from sealfs.image.recovery import peek, read_identity
 from sealfs.image.storage import FileStorage
+from sealfs.mount import names
 from sealfs.mount.driver import Opened
 from sealfs.mount.names import SUFFIX, Ownership, sync_directory
 
@@ -130,12 +131,12 @@ class Opener:
                     storage, image_key=key, cache=self._cache, read_only=self._read_only
                 )
             except BaseException:
-                _wipe(key)
+                wipe(key)
                 raise
         except BaseException:
             storage.close()
             raise
-        return Opened(image, identity.vm_id, key)
+        return Opened(image, identity.vm_id, key, storage.fileno())
 
     def size_of(self, path: Path, status: os.stat_result) -> int:
         """Return the size of the plain file, from the unverified superblock.
@@ -164,7 +165,8 @@ class Opener:
             path: of the sealed file to be.
             vm_id: whose disk it is.
             owner: of the file.
-            shares_directory: the disks of one directory are one VM's.
+            shares_directory: the disks of one directory are one VM's, not only those that
+                differ in their last suffix alone (a snapshot, another format, a new version).
 
         Raises:
             AlreadyExists: the path is taken, or the VM id belongs to another path.
@@ -176,7 +178,9 @@ class Opener:
         with self._lock:
             for entry in self._keys.registry.entries():
                 other = Path(entry.path)
-                is_same = other == path or (shares_directory and other.parent == path.parent)
+                is_same = other.parent == path.parent and (
+                    shares_directory or names.stem(other) == names.stem(path)
+                )
                 # An entry whose file is gone blocks nobody.
                 if entry.vm_id == vm_id and not is_same and os.path.lexists(other):
                     raise AlreadyExists(
@@ -202,7 +206,7 @@ class Opener:
             except FileExistsError:
                 raise AlreadyExists(path, "exists") from None
             finally:
-                _wipe(key)
+                wipe(key)
                 temporary.unlink(missing_ok=True)
             sync_directory(path.parent)
 
@@ -215,7 +219,10 @@ class Opener:
             self._keys.registry.remove(path)
 
     def move(self, old: Path, new: Path) -> None:
-        """Rename a sealed file, or a directory with all sealed files below it."""
+        """Rename a sealed file, or a directory with all sealed files below it.
+
+        What stands at `new` loses its name, as by `remove`.
+        """
         moves = list(_moves(old, new))
         with self._lock:
             registry = self._keys.registry
@@ -289,5 +296,6 @@ def _moves(old: Path, new: Path) -> list[tuple[Path, Path]]:
     ]
 
 
-def _wipe(key: bytearray) -> None:
+def wipe(key: bytearray) -> None:
+    """Overwrite a key with zeros."""
     key[:] = bytes(len(key))

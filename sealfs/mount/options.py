@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from sealfs.errors import UsageError
-from sealfs.mount.driver import COMMIT_INTERVAL, IDLE_CLOSE
+from sealfs.mount.driver import COMMIT_INTERVAL, IDLE_CLOSE, LOCK_WAIT
 from sealfs.mount.lane import SPIN_NS
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -51,6 +51,7 @@ class MountOptions:
     mode: int | None = None
     commit_interval: float = COMMIT_INTERVAL
     idle_close: float = IDLE_CLOSE
+    lock_wait: float = LOCK_WAIT
     spin_ns: int = SPIN_NS
     labels: tuple[str, ...] = ()
 
@@ -118,6 +119,8 @@ def _apply(options: MountOptions, item: str) -> MountOptions:
             return replace(options, commit_interval=_seconds(item, value))
         case "idle":
             return replace(options, idle_close=_seconds(item, value))
+        case "lock":
+            return replace(options, lock_wait=_seconds(item, value))
         case "spin":
             return replace(options, spin_ns=1000 * _number(item, value, maximum=1000))
         case "fsname" | "subtype" | "comment":

@@ -93,6 +93,8 @@ OFFSET_MAX = (1 << 63) - 1
 _BACKGROUND = struct.Struct("=HH")
 _BACKGROUND_OFFSET = OUT_HEADER.size + 16
 _INIT_FLAGS_OFFSET = OUT_HEADER.size + 12
+NOTIFY_INVAL_INODE = 2
+_INVAL_INODE_OUT = struct.Struct("=Qqq")  # inode, offset (negative: attributes alone), length
 _U32 = struct.Struct("=I")
 _REPLY_SMALL = 4096  # entry, attr, statfs, open...: all far below
 
@@ -100,6 +102,12 @@ _REPLY_SMALL = 4096  # entry, attr, statfs, open...: all far below
 def error_reply(unique: int, code: int) -> bytes:
     """Return the answer to request `unique` that carries only an errno (0: done)."""
     return OUT_HEADER.pack(OUT_HEADER.size, -code, unique)
+
+
+def attributes_changed(inode: int) -> bytes:
+    """Return the notice that a file's cached attributes are out of date; no page is touched."""
+    size = OUT_HEADER.size + _INVAL_INODE_OUT.size
+    return OUT_HEADER.pack(size, NOTIFY_INVAL_INODE, 0) + _INVAL_INODE_OUT.pack(inode, -1, 0)
 
 
 def improve_init(reply: bytearray, *, max_background: int, congestion_threshold: int) -> None:

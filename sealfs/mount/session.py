@@ -28,6 +28,7 @@ import trio
 
 from sealfs.errors import NotFound, SealfsError, StorageFailed, UsageError
 from sealfs.image.cache import BlockCache
+from sealfs.image.layout import SIZE_MAX
 from sealfs.mount import control, daemon, kernel, names
 from sealfs.mount.control import ControlServer, Document, RunningMount, find_mount, run_directory
 from sealfs.mount.driver import Disks
@@ -84,6 +85,7 @@ class Session:
             failures=self._failures,
             commit_interval=options.commit_interval,
             idle_close=options.idle_close,
+            lock_wait=options.lock_wait,
         )
         self._namespace = Namespace(
             source,
@@ -92,6 +94,7 @@ class Session:
             disks=self._disks,
             handles=self._handles,
             failures=self._failures,
+            notify=partial(os.write, device_fd),
             on_init=self._on_init,
         )
         there = kernel.mounted_at(str(mountpoint))
@@ -102,6 +105,7 @@ class Session:
                 "status": self._status,
                 "flush": self._flush,
                 "close": self._close,
+                "resize": self._resize,
                 "wait": self._wait,
             },
         )
@@ -232,6 +236,7 @@ class Session:
             "is_mounted": self.is_mounted(),
             "options": self._options.describe(),
             "dirty": self._cache.dirty_size,
+            "nodes": self._namespace.node_count,
             "requests": dict(self._lane.served) if self._lane is not None else {},
             "images": images,
         }
@@ -255,6 +260,17 @@ class Session:
                 is_closed = await self._disks.close_idle(disk.key)
                 (closed if is_closed else in_use).append(str(disk.path))
         return {"closed": closed, "in_use": in_use}
+
+    async def _resize(self, request: Document) -> Document:
+        """Set the size of one plain file, in use or not; durable when answered."""
+        path, size = request.get("path"), request.get("size")
+        if not isinstance(path, str) or not isinstance(size, int) or not 0 <= size <= SIZE_MAX:
+            raise UsageError("resize", "expected a path and a size in bytes")
+        sealed = Path(path)
+        if self._source not in sealed.parents or sealed.suffix != names.SUFFIX:
+            raise NotFound(sealed, f'is not a sealed file below "{self._source}"')
+        await self._namespace.resize(sealed, size, may_shrink=request.get("shrink") is True)
+        return {"size": size}
 
     async def _wait(self, request: Document) -> Document:
         """Answer when the mount has ended and its images are closed."""
