@@ -1,6 +1,6 @@
 """What the live tests of the mount share: a tiny key service, a fake image, and a running mount.
 
-`TinyKeys` stands in for the key service: keys derived from a file, a registry in a JSON file. So
+`TinyKeys` stands in for the key service: derived keys, the real registry under a known key. So
 these tests need no TPM. `FakeImage` is a disk in memory with the image's interface, for tests and
 measurements of the lane alone. Run as a program, this module serves a mount in the foreground.
 """
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import hmac
-import json
 import os
 import signal
 import subprocess
@@ -21,12 +19,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sealfs.errors import KeyRefused
+from sealfs.keys.registry import Registry, RegistryFile
+from sealfs.keys.statedir import REGISTRY_FILE, StateDir
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 30.0  # seconds for whatever should take a moment
@@ -35,41 +34,12 @@ DEADLINE = 30.0  # seconds for whatever should take a moment
 # A key service without a TPM.
 
 
-class TinyRegistry:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def _read(self) -> dict[str, list[str]]:
-        return json.loads(self._path.read_text()) if self._path.exists() else {}
-
-    @contextlib.contextmanager
-    def _change(self) -> Iterator[dict[str, list[str]]]:
-        with open(self._path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            content = self._read()
-            yield content
-            temporary = self._path.with_suffix(".new")
-            temporary.write_text(json.dumps(content))
-            temporary.rename(self._path)
-
-    def lookup(self, path: Path) -> Any:
-        found = self._read().get(str(path))
-        return _entry(str(path), found) if found else None
-
-    def entries(self) -> list[Any]:
-        return [_entry(path, found) for path, found in self._read().items()]
-
-    def add(self, path: Path, uuid: bytes, vm_id: str, *, replace: bool = False) -> None:
-        with self._change() as content:
-            content[str(path)] = [uuid.hex(), vm_id]
-
-    def remove(self, path: Path) -> None:
-        with self._change() as content:
-            content.pop(str(path), None)
+_REGISTRY_KEY = b"tests" * 8
 
 
-def _entry(path: str, found: list[str]) -> Any:
-    return SimpleNamespace(path=path, image_uuid=bytes.fromhex(found[0]), vm_id=found[1])
+@contextlib.contextmanager
+def _lend_registry_key(info: bytes) -> Iterator[bytearray]:
+    yield bytearray(_REGISTRY_KEY)
 
 
 class TinyVmKey:
@@ -96,10 +66,16 @@ class TinyKeys:
 
     def __init__(self, state: Path) -> None:
         self._state = state
-        state.mkdir(exist_ok=True)
-        self.registry = TinyRegistry(state / "registry.json")
+        kept = StateDir.create(state)
+        self.registry = Registry(kept, bytes(16), _lend_registry_key)
+        with kept.lock() as held:
+            if not (state / REGISTRY_FILE).exists():
+                empty = RegistryFile(bytes(16), ()).with_mac(_REGISTRY_KEY)
+                kept.write(REGISTRY_FILE, empty.encode(), held)
 
     def unseal(self, kmi: str, vm_id: str) -> TinyVmKey:
+        if (self._state / "bug").exists():
+            raise ValueError("a bug of the key service")
         refused = self._state / "refused"
         if refused.exists() and vm_id in refused.read_text().split():
             raise KeyRefused(vm_id, "revoked")

@@ -27,7 +27,6 @@ from sealfs.errors import (
     KeyRecordDamaged,
     KeyRefused,
     KeyServiceError,
-    NotFound,
     RecoveryRefused,
     TpmUnavailable,
     UsageError,
@@ -472,13 +471,16 @@ def test_the_registry_remembers_renames_and_forgets(state, service, tmp_path):
     with pytest.raises(AlreadyExists, match="web1"):
         registry.add(tmp_path / "a", bytes(16), "web1")
     registry.add(tmp_path / "a", bytes(16), "web1", replace=True)
-    registry.rename(tmp_path / "a", tmp_path / "c")
+    with registry.moving([(tmp_path / "a", tmp_path / "c"), (tmp_path / "x", tmp_path / "y")]):
+        for name in "ac":  # whichever stands there, after a crash
+            KeyService.open(state).registry.check(tmp_path / name, bytes(16), "web1")
     assert registry.lookup(tmp_path / "a") is None
     found = KeyService.open(state).registry.lookup(tmp_path / "c")
     assert found is not None
     assert (found.image_uuid, found.vm_id) == (bytes(16), "web1")
-    with pytest.raises(NotFound):
-        registry.rename(tmp_path / "a", tmp_path / "d")
+    with pytest.raises(RuntimeError), registry.moving([(tmp_path / "c", tmp_path / "b")]):
+        raise RuntimeError
+    assert [entry.vm_id for entry in registry.entries()] == ["web2", "web1"]
     registry.remove(tmp_path / "c")
     registry.remove(tmp_path / "c")
     assert [entry.vm_id for entry in registry.entries()] == ["web2"]

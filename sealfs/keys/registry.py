@@ -4,6 +4,9 @@ A path is the canonical path of a sealed file. The registry belongs to the state
 change takes its lock, reads the file again, writes it as a whole; reading takes no lock, because
 the file is replaced atomically. A registry that was edited, removed or brought from another host
 is refused. An older registry of this same host is not recognised here: that takes the ledger.
+
+A path has one entry; two while one image takes the place of another, and after a crash in the
+middle of that, so that whichever of the two stands there opens (see `moving` and `check`).
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ import contextlib
 import dataclasses
 import hmac
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from sealfs.errors import AlreadyExists, KeyRecordDamaged, NoSpace, NotFound, UsageError
+from sealfs.errors import AlreadyExists, ForeignImage, KeyRecordDamaged, NoSpace, UsageError
 from sealfs.keys import labels, wire
 from sealfs.keys.hostrecord import MAC_SIZE, UUID_SIZE
 from sealfs.keys.statedir import REGISTRY_FILE, HeldLock, StateDir
@@ -50,7 +53,7 @@ class RegistryEntry:
 
 @dataclass(frozen=True, slots=True)
 class RegistryFile:
-    """STATE/registry: entries sorted by path, a MAC over everything before it."""
+    """STATE/registry: entries sorted by path and uuid, a MAC over everything before it."""
 
     host_id: bytes
     entries: tuple[RegistryEntry, ...]
@@ -133,6 +136,32 @@ class Registry:
         wanted = canonical(path)
         return next((entry for entry in self.entries() if entry.path == wanted), None)
 
+    def check(self, path: Path, image_uuid: bytes, vm_id: str) -> None:
+        """Refuse an image that is not the one registered under its path.
+
+        Raises:
+            ForeignImage: with the innocent and the hostile reason.
+        """
+        wanted = canonical(path)
+        here = [entry for entry in self.entries() if entry.path == wanted]
+        if not here:
+            raise ForeignImage(
+                path,
+                f'this image of VM "{vm_id}" is not registered under this path: it was moved '
+                "or copied outside sealfs, or comes from another host",
+            )
+        found = RegistryEntry(wanted, image_uuid, vm_id)
+        if found not in here:
+            raise ForeignImage(
+                path,
+                f'image {image_uuid.hex()} of VM "{vm_id}" stands where '
+                f'{here[0].image_uuid.hex()} of VM "{here[0].vm_id}" is registered: moved outside '
+                "sealfs, or exchanged by somebody",
+            )
+        if len(here) > 1:
+            # A crash left both: what stands there is the one from now on.
+            self._change(lambda entries: entries.difference(here) | {found})
+
     def add(self, path: Path, image_uuid: bytes, vm_id: str, *, replace: bool = False) -> None:
         """Register a sealed file; durable on return. The same entry again changes nothing.
 
@@ -146,41 +175,52 @@ class Registry:
             raise ValueError("an image uuid has 16 bytes")
         new = RegistryEntry(canonical(path), image_uuid, vm_id)
 
-        def change(found: dict[str, RegistryEntry]) -> None:
-            old = found.get(new.path)
-            if old is not None and old != new and not replace:
-                raise AlreadyExists(new.path, f"is registered as an image of VM {old.vm_id!r}")
-            found[new.path] = new
+        def change(found: set[RegistryEntry]) -> set[RegistryEntry]:
+            others = {entry for entry in found if entry.path == new.path and entry != new}
+            if others and not replace:
+                vm_ids = ", ".join(repr(entry.vm_id) for entry in others)
+                raise AlreadyExists(new.path, f"is registered as an image of VM {vm_ids}")
+            return found - others | {new}
 
         self._change(change)
 
-    def rename(self, old: Path, new: Path) -> None:
-        """Move an entry, over any entry of the new path; durable on return.
+    @contextlib.contextmanager
+    def moving(self, moves: Iterable[tuple[Path, Path]]) -> Iterator[None]:
+        """Move entries, around the renaming of their files by the body; durable on return.
 
-        Raises:
-            NotFound: the old path is not registered.
+        Before the body each image is registered under its new path as well, beside what is there;
+        after it under its new path alone. A crash between any two steps leaves both registered,
+        and `check` finds out. A body that raises leaves the entries as they were. What is not
+        registered is left out.
+
+        Args:
+            moves: (old path, new path) of sealed files.
         """
-        source, target = canonical(old), canonical(new)
-
-        def change(found: dict[str, RegistryEntry]) -> None:
-            if source not in found:
-                raise NotFound(source, "is not registered")
-            found[target] = dataclasses.replace(found.pop(source), path=target)
-
-        self._change(change)
+        paths = {canonical(old): canonical(new) for old, new in moves}
+        before = self.entries()
+        sources = {entry for entry in before if entry.path in paths}
+        targets = {dataclasses.replace(entry, path=paths[entry.path]) for entry in sources}
+        replaced = {entry for entry in before if entry.path in {t.path for t in targets}}
+        self._change(lambda found: found | targets)
+        # Crash here: each image opens under its old path.
+        try:
+            yield
+        except BaseException:
+            self._change(lambda found: found - targets | replaced | sources)
+            raise
+        # Crash here: each image opens under its new path; the old entries name no file.
+        self._change(lambda found: (found - sources - replaced) | targets)
 
     def remove(self, path: Path) -> None:
         """Forget a sealed file; durable on return. One that is not registered is no error."""
         wanted = canonical(path)
-        self._change(lambda found: found.pop(wanted, None))
+        self._change(lambda found: {entry for entry in found if entry.path != wanted})
 
-    def _change(self, change: Callable[[dict[str, RegistryEntry]], object]) -> None:
+    def _change(self, change: Callable[[set[RegistryEntry]], set[RegistryEntry]]) -> None:
         # The subkey first: unsealing it takes the state lock, which is not reentrant.
         with self._subkey(labels.REGISTRY_MAC_INFO) as mac_key, self._state.lock() as held:
             before = self._read(mac_key)
-            found = {entry.path: entry for entry in before}
-            change(found)
-            after = _sorted(found.values())
+            after = _sorted(change(set(before)))
             if after == before:
                 return
             self._write(after, mac_key, held)
@@ -220,4 +260,4 @@ def canonical(path: Path) -> str:
 
 
 def _sorted(entries: Iterable[RegistryEntry]) -> tuple[RegistryEntry, ...]:
-    return tuple(sorted(entries, key=lambda entry: os.fsencode(entry.path)))
+    return tuple(sorted(entries, key=lambda entry: (os.fsencode(entry.path), entry.image_uuid)))

@@ -162,6 +162,8 @@ class StateDir:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             return os.open(self.path / LOCK_FILE, flags, 0o600)
+        except (FileNotFoundError, NotADirectoryError):
+            raise HostNotInitialised(self.path, "the state directory is gone") from None
         except OSError as error:
             raise UsageError(self.path, f"cannot be locked: {error.strerror}") from error
 

@@ -5,7 +5,8 @@ under the path it is registered for: an authentic image that was put in another'
 
 Order of steps on disk (a crash between any two leaves something that opens):
 create: key record durable, image complete under a temporary name, registry entry, final name.
-Move: new entries durable, rename(2), old entries removed. Remove: the file, then its entry.
+Move: entries of both paths durable, rename(2), old entries removed.
+Remove: the file, then its entry.
 
 Concurrency: everything blocks and is called in worker threads, several at once. `_lock` is held
 while a file is made, moved or removed, so that what was found in the registry still holds when it
@@ -16,16 +17,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from sealfs.errors import AlreadyExists, ForeignImage, FormatError
+from sealfs.errors import AlreadyExists, FormatError, SealfsError
 from sealfs.image.format import Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import geometry_for
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
 IMAGE_KEY_SIZE = 32  # AES-256
 _PEEKS_MAX = 4096  # sizes remembered
 _HINTS_MAX = 4096  # VM ids remembered, for the log
+
+STRAY_AGE = 3600.0  # seconds; no creation takes that long
+_STRAY = re.compile(r"\.[0-9a-f]{32}\.new")
 
 GROWING_SIZE = 1 << 30
 """A file made through the mount is empty and grows: its journal is that of a disk of 1 GiB."""
@@ -61,9 +66,12 @@ class Registry(Protocol):
     """Which image belongs under which canonical path of this host."""
 
     def entries(self) -> Sequence[RegistryEntry]: ...
-    def lookup(self, path: Path) -> RegistryEntry | None: ...
+    def check(self, path: Path, image_uuid: bytes, vm_id: str) -> None: ...
     def add(self, path: Path, image_uuid: bytes, vm_id: str, *, replace: bool = False) -> None: ...
     def remove(self, path: Path) -> None: ...
+    def moving(
+        self, moves: Iterable[tuple[Path, Path]]
+    ) -> contextlib.AbstractContextManager[None]: ...
 
 
 class VmKey(Protocol):
@@ -124,7 +132,7 @@ class Opener:
         try:
             identity = read_identity(storage)
             self._remember(path, identity.vm_id)
-            self._check_registered(path, identity)
+            self._keys.registry.check(path, identity.uuid, identity.vm_id)
             key = self._image_key(path, identity)
             try:
                 image = SealedImage.open(
@@ -174,7 +182,7 @@ class Opener:
         """
         if os.path.lexists(path):
             raise AlreadyExists(path, "exists")
-        temporary = path.parent / f".{uuid.uuid4().hex}.new"
+        temporary = path.parent / f".{uuid.uuid4().hex}.new"  # see `sweep`
         with self._lock:
             for entry in self._keys.registry.entries():
                 other = Path(entry.path)
@@ -224,20 +232,11 @@ class Opener:
         What stands at `new` loses its name, as by `remove`.
         """
         moves = list(_moves(old, new))
-        with self._lock:
-            registry = self._keys.registry
-            for source, target in moves:
-                entry = registry.lookup(source)
-                if entry is not None:
-                    registry.add(target, entry.image_uuid, entry.vm_id, replace=True)
-            # Crash here: two entries for one image; it opens under the old name.
+        with self._lock, self._keys.registry.moving(moves):
             old.rename(new)
             sync_directory(new.parent)
             if old.parent != new.parent:
                 sync_directory(old.parent)
-            # Crash here: it opens under the new name; the old entry names no file.
-            for source, _ in moves:
-                registry.remove(source)
 
     def _create_at(self, path: Path, identity: Identity, key: bytearray, owner: Ownership) -> None:
         storage = FileStorage.create(path)
@@ -255,22 +254,6 @@ class Opener:
         finally:
             storage.close()
 
-    def _check_registered(self, path: Path, identity: Identity) -> None:
-        entry = self._keys.registry.lookup(path)
-        if entry is None:
-            raise ForeignImage(
-                path,
-                f'VM "{identity.vm_id}": is not registered under this path '
-                "(moved outside sealfs, or brought from another host); register it",
-            )
-        if entry.image_uuid != identity.uuid or entry.vm_id != identity.vm_id:
-            raise ForeignImage(
-                path,
-                f'image {identity.uuid.hex()} of VM "{identity.vm_id}" stands where '
-                f'{entry.image_uuid.hex()} of VM "{entry.vm_id}" is registered '
-                "(moved outside sealfs, or exchanged by somebody)",
-            )
-
     def _image_key(self, path: Path, identity: Identity) -> bytearray:
         wanted = identity.key_generation
         for generation, wrapped in identity.wrapped_keys:
@@ -283,6 +266,26 @@ class Opener:
         if len(self._vm_ids) >= _HINTS_MAX:
             self._vm_ids.clear()
         self._vm_ids[str(path)] = vm_id
+
+
+def sweep(source: Path, older_than: float = STRAY_AGE) -> int:
+    """Remove what creations left that were cut short by a crash; return how many there were.
+
+    Args:
+        source: the directory of sealed files, with what is below it.
+        older_than: seconds; what is younger may be in the making.
+    """
+    count = 0
+    for directory, _, found in os.walk(source):
+        for name in filter(_STRAY.fullmatch, found):
+            stray = Path(directory, name)
+            with contextlib.suppress(SealfsError, OSError):
+                if time.time() - stray.lstat().st_mtime >= older_than:
+                    # Who makes one holds its lock.
+                    with contextlib.closing(FileStorage.open(stray)):
+                        stray.unlink()
+                        count += 1
+    return count
 
 
 def _moves(old: Path, new: Path) -> list[tuple[Path, Path]]:

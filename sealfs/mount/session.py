@@ -178,6 +178,12 @@ class Session:
         await self._workers.run(partial(kernel.raise_read_ahead, self._mountpoint))
         log.info('"%s" is served at "%s"', self._source, self._mountpoint)
         ready()
+        if not self._options.read_only:
+            from sealfs.mount.opener import sweep
+
+            swept = await self._workers.run(partial(sweep, self._source))
+            if swept:
+                log.info("removed %d files that a crash left half-made", swept)
         unsealed = await self._workers.run(
             partial(names.unsealed_files, self._source, UNSEALED_NAMED_MAX)
         )
