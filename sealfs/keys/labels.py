@@ -10,6 +10,7 @@ from typing import Final
 # Files of the state directory
 HOST_MAGIC: Final = b"SEALFS\x00H"
 REGISTRY_MAGIC: Final = b"SEALFS\x00R"
+LEDGER_MAGIC: Final = b"SEALFS\x00L"
 RECORD_MAGIC: Final = b"SEALFS\x00K"
 RECOVERY_SLOT_MAGIC: Final = b"SEALFS\x00W"
 
@@ -30,3 +31,4 @@ IMAGE_WRAP_INFO: Final = b"sealfs/v1/image key wrap\x00"
 RECOVERY_INFO: Final = b"sealfs/v1/recovery slot\x00"
 HOST_MAC_INFO: Final = b"sealfs/v1/host record mac\x00"
 REGISTRY_MAC_INFO: Final = b"sealfs/v1/registry mac\x00"
+LEDGER_MAC_INFO: Final = b"sealfs/v1/ledger mac\x00"

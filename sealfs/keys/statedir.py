@@ -45,6 +45,7 @@ TPM_DIRECTORY: Final = "tpm"
 HOST_FILE: Final = "host.record"
 HOST_PENDING_FILE: Final = "host.pending"
 REGISTRY_FILE: Final = "registry"
+LEDGER_FILE: Final = "ledger"
 LOCK_FILE: Final = "lock"
 RECORD_SUFFIX: Final = ".slot"
 TEMPORARY_PREFIX: Final = ".new-"
@@ -241,6 +242,33 @@ class StateDir:
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(path, "no space left to write it; nothing was changed") from error
+            raise StorageFailed(path, f"cannot be written: {error.strerror}") from error
+
+    def append(self, name: str, offset: int, content: bytes, held: HeldLock) -> None:
+        """Write from `offset` on, which becomes the end of the file; durable on return.
+
+        What stood behind `offset` is gone. The caller holds the lock.
+
+        Raises:
+            NoSpace: the file system is full. StorageFailed: any other failure. What stood before
+            `offset` stands; behind it may be anything.
+        """
+        assert held.descriptor >= 0
+        path = self.path / name
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                rest = memoryview(content)
+                while rest:
+                    count = os.pwrite(descriptor, rest, offset + len(content) - len(rest))
+                    rest = rest[count:]
+                os.ftruncate(descriptor, offset + len(content))
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(path, "no space left to write it; nothing was changed") from error
             raise StorageFailed(path, f"cannot be written: {error.strerror}") from error

@@ -50,6 +50,11 @@ class Reader:
         self._position = 0
         self.subject = subject
 
+    @property
+    def position(self) -> int:
+        """Bytes read so far."""
+        return self._position
+
     def damaged(self, detail: str) -> NoReturn:
         raise KeyRecordDamaged(self.subject, detail)
 
