@@ -14,6 +14,7 @@ letters with counts (`n3o5`), as simulation.py names them; the second `@` is ins
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import random
@@ -29,9 +30,10 @@ from test_refcheck import refcheck
 
 from sealfs.errors import NoSpace, SealfsError
 from sealfs.image.cache import BlockCache
-from sealfs.image.format import Identity
+from sealfs.image.format import Anchor, Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import Geometry
+from sealfs.image.recovery import Lineage
 
 PAGE = 4096
 GEOMETRY = Geometry(
@@ -47,6 +49,10 @@ IDENTITY = Identity(
 )
 PREFIXES = {"empty": "", "flushed": "bf", "settled": "bfc", "full": "bfcwfsfwf"}
 """Nothing; content in the journal; content in the tree; a journal with little room left."""
+
+
+LEDGER_SHARE = 0.15
+"""How often, at an operation of the disk, the host's ledger goes on."""
 
 
 def set_limit(name: str, value: int, setter: Callable[[object, str, int], None] = setattr) -> None:
@@ -125,12 +131,20 @@ class Oracle:
     """What may be read: for each block the value last acknowledged and every later one."""
 
     def __init__(self) -> None:
+        self.memory = [Anchor(0, bytes(16))]
+        """States of the image that the host's ledger may hold now: one, or two while it writes."""
         self.sizes = [BLOCKS * PAGE]
         self.versions = [[bytes(PAGE)] for _ in range(BLOCKS_MAX)]
 
     @property
     def size(self) -> int:
         return self.sizes[-1]
+
+    def remembering(self, state: Anchor) -> Oracle:
+        """Return the same oracle where the ledger is known to hold this state."""
+        same = copy.copy(self)
+        same.memory = [state]
+        return same
 
     def write(self, offset: int, data: bytes) -> None:
         done = 0
@@ -227,8 +241,9 @@ class Lab:
     # -- opening
 
     def open(
-        self, storage: SimulatedStorage, recipe: Recipe, stage: str, *, read_only: bool = False
-    ) -> SealedImage:
+        self, storage: SimulatedStorage, recipe: Recipe, stage: str, memory: list[Anchor],
+        *, read_only: bool = False,
+    ) -> SealedImage:  # fmt: skip
         """Open an image, watching that nothing is written before everything is verified."""
         written: list[str] = []
         journal = range(2 * GEOMETRY.header_pages * PAGE, self.slots_at())
@@ -249,6 +264,17 @@ class Lab:
                 raise self.fail(recipe, f"nonce {epoch}/{counter} is used twice (block {block})")
             self.nonces.add((salt, epoch, counter))
 
+        def witness(lineage: Lineage) -> Anchor:
+            for state in memory:
+                if lineage.newest.sequence < state.sequence:
+                    raise self.fail(recipe, f"{lineage.newest} is older than the ledger's {state}")
+                if not lineage.descends_from(state):
+                    raise self.fail(recipe, f"does not show that it continues the ledger's {state}")
+            self.figures["ledgers asked"] += 1
+            if not read_only:
+                del memory[1:]
+            return memory[0]
+
         storage.on_call, storage.on_read = on_call, on_read
         try:
             return SealedImage.open(
@@ -262,6 +288,7 @@ class Lab:
                 read_only=read_only,
                 record_roots=self.rng(f"{recipe.prefix}{recipe.letters}").random() < 0.5,
                 on_seal=on_seal,
+                witness=witness,
             )
         finally:
             storage.on_call = storage.on_read = None
@@ -269,9 +296,11 @@ class Lab:
     def slots_at(self) -> int:
         return (2 * GEOMETRY.header_pages + GEOMETRY.journal_pages) * PAGE
 
-    def reopened(self, storage: SimulatedStorage, recipe: Recipe, stage: str) -> SealedImage:
+    def reopened(
+        self, storage: SimulatedStorage, recipe: Recipe, stage: str, memory: list[Anchor]
+    ) -> SealedImage:
         try:
-            return self.open(storage, recipe, stage)
+            return self.open(storage, recipe, stage, memory)
         except (SealfsError, ValueError, LookupError, AttributeError, struct.error) as exc:
             if isinstance(exc, CrashFailure):
                 raise
@@ -329,12 +358,15 @@ class Lab:
         if complaint := oracle.complaint(told):
             raise self.fail(recipe, f"refcheck reads: {complaint}")
         if rng.random() < self.again:
-            self.read_only(crashed, recipe, told)
+            self.read_only(crashed, recipe, told, oracle.memory)
         storage = self.storage(crashed)
         inside = self.only is not None or (rng.random() < self.inner and depth < 3)
+        # Both states are asked for; the ledger holds one of them, and so it stays.
+        memory = list(oracle.memory)
+        rng.shuffle(memory)
         if inside:
-            self.watch(storage, oracle, recipe, told)
-        image = self.reopened(storage, recipe, "after the crash")
+            self.watch(storage, oracle.remembering(memory[0]), recipe, told)
+        image = self.reopened(storage, recipe, "after the crash", memory)
         content = self.content(image, recipe)
         if content != told:
             complaint = oracle.complaint(content) or "but it is allowed"
@@ -343,14 +375,16 @@ class Lab:
             raise self.fail(recipe, "sealfs and refcheck have different roots")
         image.abandon()
         if self.only is not None or rng.random() < self.again:
-            self.cut_again(crashed, recipe, content)
+            self.cut_again(crashed, recipe, content, memory)
         if self.only is not None or rng.random() < self.later:
             life_goes_on(self, recipe, crashed, content)
 
-    def read_only(self, disk: SimulatedDisk, recipe: Recipe, content: bytes) -> None:
+    def read_only(
+        self, disk: SimulatedDisk, recipe: Recipe, content: bytes, memory: list[Anchor]
+    ) -> None:
         """Opened for reading, an image shows the same and is not written."""
         storage = self.storage(disk.clone())
-        image = self.open(storage, recipe, "read-only", read_only=True)
+        image = self.open(storage, recipe, "read-only", memory, read_only=True)
         if self.content(image, recipe) != content:
             raise self.fail(recipe, "opened read-only, it reads other bytes")
         image.close()
@@ -374,12 +408,16 @@ class Lab:
         storage.on_point = lambda kind: draw(full=False) if kind == "op" else None
         return lambda: draw(full=True)
 
-    def cut_again(self, disk: SimulatedDisk, recipe: Recipe, content: bytes) -> None:
+    def cut_again(
+        self, disk: SimulatedDisk, recipe: Recipe, content: bytes, memory: list[Anchor]
+    ) -> None:
         """After recovery everything is durable: with or without what is pending, the same."""
         for stage, fates in (("lost", "o"), ("done", "n")):
             after = disk.crash((fates,) * len(disk.pending))
             told, _ = self.refcheck(after, recipe, f"after recovery, {stage}")
-            image = self.reopened(self.storage(after), recipe, f"second time, {stage}")
+            image = self.reopened(
+                self.storage(after), recipe, f"second time, {stage}", list(memory)
+            )
             if self.content(image, recipe) != content or told != content:
                 raise self.fail(recipe, f"a second open ({stage}) gives other bytes")
             image.abandon()
@@ -402,7 +440,25 @@ class Session:
         self._values = itertools.count(1)
         self.storage = lab.storage(disk)
         self.storage.rng = lab.rng(f"{recipe}|failing sync")
-        self.image: SealedImage = lab.open(self.storage, recipe, f"session {next(self._opens)}")
+        self._ledger_rng = lab.rng(f"{recipe.prefix}{recipe.letters}|ledger")
+        self.image = self._open()
+        self.storage.on_step = self.ledger_step
+
+    def _open(self) -> SealedImage:
+        stage = f"session {next(self._opens)}"
+        return self.lab.open(self.storage, self.recipe, stage, self.oracle.memory)
+
+    def ledger_step(self) -> None:
+        """Now and then the host begins to note how far the image has come, or has noted it."""
+        memory = self.oracle.memory
+        if self._ledger_rng.random() > LEDGER_SHARE:
+            return
+        if len(memory) == 2:
+            del memory[0]
+            self.image.remembered(memory[0])
+        elif self.image.progress != memory[0]:
+            memory.append(self.image.progress)
+            self.image.remembering(memory[1])
 
     def acknowledged(self, blocks: range = range(BLOCKS_MAX), *, size: bool = True) -> None:
         self.oracle.acknowledge(blocks, size=size)
@@ -436,7 +492,9 @@ class Session:
         self.image.close()
         self.acknowledged()
         self.storage.reopen()
-        self.image = self.lab.open(self.storage, self.recipe, f"session {next(self._opens)}")
+        self.storage.on_step = None
+        self.image = self._open()
+        self.storage.on_step = self.ledger_step
 
     def do(self, letter: str) -> None:
         try:
@@ -488,7 +546,7 @@ def life_goes_on(lab: Lab, recipe: Recipe, disk: SimulatedDisk, content: bytes) 
     session.image.abandon()
     crashed = disk.crash(("o",) * len(disk.pending))
     lab.refcheck(crashed, recipe, f"after {letters} after recovery")
-    image = lab.reopened(lab.storage(crashed), recipe, "later")
+    image = lab.reopened(lab.storage(crashed), recipe, "later", oracle.memory)
     if lab.content(image, recipe) != oracle.latest():
         raise lab.fail(recipe, f"what was flushed after recovery ({letters}) is lost")
     image.abandon()

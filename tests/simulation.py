@@ -285,6 +285,8 @@ class SimulatedStorage:
         """Called before each call that changes something, with (name, offset, size)."""
         self.on_point: Callable[[str], None] | None = None
         """Called when an operation has become pending (`op`) or a barrier is passed (`sync`)."""
+        self.on_step: Callable[[], None] | None = None
+        """Called before that: what others do at this moment."""
         self.on_read: Callable[[str, int, int], None] | None = None
         self.rng = random.Random(0)
         """Decides what a failing sync has written."""
@@ -312,6 +314,8 @@ class SimulatedStorage:
         return True
 
     def _point(self, kind: str) -> None:
+        if self.on_step is not None:
+            self.on_step()
         if self.on_point is not None:
             self.on_point(kind)
 

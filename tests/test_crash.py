@@ -44,6 +44,7 @@ from sealfs.errors import SealfsError, StorageFailed
 from sealfs.image import journal, recovery
 from sealfs.image.allocator import Allocator
 from sealfs.image.cache import BlockCache
+from sealfs.image.format import Anchor
 from sealfs.image.image import SealedImage
 from sealfs.image.journal import Journal
 from sealfs.image.layout import Geometry
@@ -180,16 +181,18 @@ def after_death(lab: Lab, recipe: Recipe, session: Session) -> None:
     """Another process opens what is left, with crash states inside its recovery; life goes on."""
     with contextlib.suppress(SealfsError):
         session.image.abandon()
-    disk, oracle = session.disk, session.oracle
+    memory = list(session.oracle.memory)
+    lab.rng(f"{recipe}|death").shuffle(memory)
+    disk, oracle = session.disk, session.oracle.remembering(memory[0])
     storage = lab.storage(disk)
     bare = Recipe(recipe.seed, recipe.prefix, recipe.letters, recipe.fault, recipe.fault_at)
     lab.watch(storage, oracle, bare, None)
-    image = lab.reopened(storage, bare, "after death")
+    image = lab.reopened(storage, bare, "after death", memory)
     content = lab.content(image, bare)
     if complaint := oracle.complaint(content):
         raise lab.fail(bare, f"after {bare.fault}: {complaint}")
     image.abandon()
-    lab.cut_again(disk, bare, content)
+    lab.cut_again(disk, bare, content, memory)
     life_goes_on(lab, bare, disk, content)
 
 
@@ -249,7 +252,7 @@ def test_an_image_is_not_there_or_complete_when_its_making_is_cut() -> None:
             crashed = SimulatedStorage(storage.disk.crash(fates))
             recipe = Recipe(lab.seed, "create", str(opened + refused), choices=((0, fates),))
             try:
-                image = lab.open(crashed, recipe, "create")
+                image = lab.open(crashed, recipe, "create", Oracle().memory)
             except SealfsError:
                 refused += 1
                 assert not full, "an acknowledged image does not open"
@@ -297,7 +300,7 @@ def test_a_refused_open_has_written_nothing(damaged: str) -> None:
     disk.durable[:] = disk.cached
     storage = SimulatedStorage(disk)
     with pytest.raises(SealfsError):
-        lab.open(storage, Recipe(5, "refused", damaged), "damaged")
+        lab.open(storage, Recipe(5, "refused", damaged), "damaged", Oracle().memory)
     assert not disk.pending
     assert disk.durable == disk.cached
 
@@ -328,10 +331,11 @@ def test_pages_that_a_failed_sync_left_in_the_cache_are_written_again() -> None:
                 fork.do("w")
                 fork.do("c")
             fork.image.abandon()
-            image = lab.reopened(lab.storage(fork.disk), recipe, "after the failure")
+            memory = list(fork.oracle.memory)
+            image = lab.reopened(lab.storage(fork.disk), recipe, "after the failure", memory)
             content = lab.content(image, recipe)
             image.abandon()
-            lab.cut_again(fork.disk, recipe, content)
+            lab.cut_again(fork.disk, recipe, content, memory)
 
 
 @pytest.mark.parametrize(
@@ -568,6 +572,10 @@ def test_the_harness_catches_a_storage_that(mutant: type[Mutant]) -> None:
     print(f"\n{mutant.__name__}: {str(caught).splitlines()[0]}")
 
 
+def forget_pins(image: SealedImage, state: Anchor) -> None:
+    image._volume.pins = ()
+
+
 ENGINE_MUTANTS: dict[str, tuple[object, str, object]] = {
     "uses freed slots again at once": (Allocator, "free", Allocator.put_back),
     "takes records without their payload": (journal, "_payload_opens", lambda *_: True),
@@ -577,6 +585,8 @@ ENGINE_MUTANTS: dict[str, tuple[object, str, object]] = {
         lambda self, count: self.tail.page if self.tail.page + count <= self.page_count else 0,
     ),
     "writes node pages in place": (Tree, "take_changes", None),
+    "forgets what its host is about to note": (SealedImage, "remembering", lambda *_: None),
+    "forgets what its host has noted": (SealedImage, "remembered", forget_pins),
 }  # fmt: skip
 
 

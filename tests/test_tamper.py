@@ -30,6 +30,7 @@ from sealfs.image.cache import BlockCache
 from sealfs.image.format import Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import Geometry
+from sealfs.image.recovery import Lineage, Witness
 
 PAGE = 4096
 BLOCKS = 40
@@ -48,7 +49,9 @@ Span = tuple[int, int]
 """(offset, size) in the file."""
 
 
-def opened(storage: SimulatedStorage, *, read_only: bool = False) -> SealedImage:
+def opened(
+    storage: SimulatedStorage, *, read_only: bool = False, witness: Witness | None = None
+) -> SealedImage:
     return SealedImage.open(
         storage,
         image_key=KEY,
@@ -56,7 +59,20 @@ def opened(storage: SimulatedStorage, *, read_only: bool = False) -> SealedImage
         random=SALTS.randbytes,
         geometry=GEOMETRY,
         read_only=read_only,
+        witness=witness,
     )
+
+
+def lineage_of(raw: bytes | bytearray) -> Lineage:
+    """Return what an image says of where it comes from."""
+    found: list[Lineage] = []
+
+    def witness(lineage: Lineage) -> None:
+        found.append(lineage)
+
+    storage = SimulatedStorage(SimulatedDisk.of(raw))
+    opened(storage, read_only=True, witness=witness).abandon()
+    return found[0]
 
 
 def fill(value: int) -> bytes:
@@ -481,29 +497,31 @@ def test_superblocks_and_journal_of_a_snapshot_are_that_snapshot_or_damaged() ->
 
 def test_a_whole_older_image_opens_and_its_anchors_tell() -> None:
     states, older = history(IDENTITY)
-    now = opened(SimulatedStorage(SimulatedDisk.of(states["journal"].raw)), read_only=True)
-    tail = now._volume.journal.tail
+    now = lineage_of(states["journal"].raw)
     for snapshot in older:
         storage = SimulatedStorage(SimulatedDisk.of(snapshot.raw))
         image = opened(storage)
         assert image.read(0, BLOCKS * PAGE) == b"".join(map(fill, snapshot.content))
-        assert not image.descends_from(tail.sequence, tail.mac[:16])
-        was = image._volume.journal.tail
-        assert now.descends_from(was.sequence, was.mac[:16])
+        was = lineage_of(snapshot.raw)
+        assert was.newest == image.progress
+        assert was.newest.sequence < now.newest.sequence
+        assert not was.descends_from(now.newest)
+        assert now.descends_from(was.newest)
 
 
 def test_a_cut_off_journal_is_the_state_before_and_its_anchors_tell() -> None:
     state = history(IDENTITY)[0]["journal"]
-    pristine = opened(SimulatedStorage(SimulatedDisk.of(state.raw)), read_only=True)
-    tail = pristine._volume.journal.tail
+    pristine = lineage_of(state.raw)
     for first_gone in sorted(state.records):
         raw = bytearray(state.raw)
         for sequence in range(first_gone, max(state.records) + 1):
             at, size = state.records[sequence]
             raw[at : at + size] = bytes(size)
         assert judge(raw, verdict(state, raw), label=first_gone) != "refused"
-        image = opened(SimulatedStorage(SimulatedDisk.of(raw)), read_only=True)
-        assert not image.descends_from(tail.sequence, tail.mac[:16])
+        cut = lineage_of(raw)
+        assert cut.newest.sequence < pristine.newest.sequence
+        assert not cut.descends_from(pristine.newest)
+        assert pristine.descends_from(cut.newest)
 
 
 # -- what damage does to writers

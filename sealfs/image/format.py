@@ -97,10 +97,15 @@ LAYOUTS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """A state that a host may remember: a record's sequence and the start of its MAC."""
+    """A state that a host may remember: a record's sequence and the first 16 bytes of its MAC."""
 
     sequence: int
     mac: bytes
+
+
+def anchor_of(sequence: int, mac: bytes) -> Anchor:
+    """Return the state after the record of this sequence and MAC."""
+    return Anchor(sequence, mac[:16])
 
 
 @dataclass(frozen=True, slots=True)

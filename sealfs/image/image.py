@@ -22,7 +22,7 @@ from sealfs.image import check, recovery
 from sealfs.image.cache import BlockCache
 from sealfs.image.cipher import SealHook
 from sealfs.image.committer import Committer
-from sealfs.image.format import Identity
+from sealfs.image.format import Anchor, Identity
 from sealfs.image.layout import (
     BLOCK_SIZE,
     ENTRY_SIZE,
@@ -32,6 +32,7 @@ from sealfs.image.layout import (
 )
 from sealfs.image.plan import Buffer
 from sealfs.image.reader import ATTEMPTS_MAX, Reader
+from sealfs.image.recovery import Witness
 from sealfs.image.steps import Steps, run
 from sealfs.image.storage import Storage
 from sealfs.image.tree import NO_SLOT
@@ -95,6 +96,7 @@ class SealedImage:
         random: Callable[[int], bytes] = os.urandom,
         geometry: Geometry = recovery.DEFAULT_GEOMETRY, read_only: bool = False,
         record_roots: bool = False, on_seal: SealHook | None = None,
+        witness: Witness | None = None,
     ) -> SealedImage:  # fmt: skip
         """Verify an image, recover it, and open it (see `recovery.open_volume`).
 
@@ -108,6 +110,7 @@ class SealedImage:
             read_only=read_only,
             record_roots=record_roots,
             on_seal=on_seal,
+            witness=witness,
         )
         return cls(volume, identity, cache, read_only=read_only)
 
@@ -167,13 +170,22 @@ class SealedImage:
             "poisoned": self.poisoned,
         }
 
-    def descends_from(self, sequence: int, mac: bytes) -> bool:
-        """Whether this image has, among its last anchors, the state (sequence, MAC start)."""
-        tail = self._volume.journal.tail
-        anchors = self._volume.superblock.anchors
-        return (tail.sequence, tail.mac[:16]) == (sequence, mac) or any(
-            (anchor.sequence, anchor.mac) == (sequence, mac) for anchor in anchors
-        )
+    @property
+    def progress(self) -> Anchor:
+        """How far the image has come: its last durable record."""
+        return self._volume.journal.tail.anchor
+
+    def remembering(self, state: Anchor) -> None:
+        """Name a state in every superblock from now on: somebody is about to remember it.
+
+        Only `progress` of this moment will do. Without this, a crash after some checkpoints would
+        leave an image that cannot show that it continues what was remembered.
+        """
+        self._volume.pins = (*self._volume.pins[:1], state)
+
+    def remembered(self, state: Anchor) -> None:
+        """Name this state alone: it is the one that is remembered now."""
+        self._volume.pins = (state,)
 
     # -- reading
 

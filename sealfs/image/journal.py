@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sealfs.errors import BlockDamaged, IntegrityError
 from sealfs.image.cipher import TAG_SIZE, BlockCipher, mac_of, same_mac
-from sealfs.image.format import ENTRY_PARTS, MAGICS
+from sealfs.image.format import ENTRY_PARTS, MAGICS, Anchor, anchor_of
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE
 from sealfs.image.record import (
     RECORD_HEADER_SIZE,
@@ -36,6 +36,11 @@ class Tail:
     page: int
     sequence: int
     mac: bytes
+
+    @property
+    def anchor(self) -> Anchor:
+        """The state that ends here, as others may remember it."""
+        return anchor_of(self.sequence, self.mac)
 
 
 class Journal:

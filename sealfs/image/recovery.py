@@ -6,8 +6,9 @@ Waits for the disk throughout; a mount calls it in a worker thread.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from sealfs.errors import FormatError, IntegrityError, SealfsError
 from sealfs.image.cipher import (
@@ -22,9 +23,11 @@ from sealfs.image.cipher import (
 from sealfs.image.format import (
     ROW_SIZE,
     SUPERBLOCK_SIZE,
+    Anchor,
     EpochRow,
     Identity,
     Superblock,
+    anchor_of,
     decode_identity,
     decode_table,
     encode_identity,
@@ -152,10 +155,30 @@ def peek(storage: Storage, geometry: Geometry = DEFAULT_GEOMETRY) -> Superblock:
     return max(found, key=lambda superblock: superblock.generation)
 
 
+class Lineage(NamedTuple):
+    """An image's own word for where it comes from, authenticated, at an open."""
+
+    newest: Anchor
+    """The state that this open arrives at."""
+    ancestors: frozenset[Anchor]
+    """States that it descends from, as far back as it knows; itself among them."""
+
+    def descends_from(self, state: Anchor) -> bool:
+        """Whether it continues a state; every image continues its own creation."""
+        return state.sequence == 0 or state in self.ancestors
+
+
+Witness = Callable[[Lineage], Anchor | None]
+"""Somebody outside the image who remembers how far it has come. Called at an open when all that
+is needed has been verified, before anything is written; raises if this image is older, or
+returns what it remembers, which the image names in its superblocks from then on."""
+
+
 def open_volume(
     storage: Storage, *, image_key: Buffer, random: Callable[[int], bytes],
     geometry: Geometry = DEFAULT_GEOMETRY, read_only: bool = False,
     record_roots: bool = False, on_seal: SealHook | None = None,
+    witness: Witness | None = None,
 ) -> tuple[Volume, Identity]:  # fmt: skip
     """Verify an image, bring it up to date, and return it with its verified identity.
 
@@ -167,6 +190,7 @@ def open_volume(
         IntegrityError: a structure does not authenticate: damaged, altered, or the wrong key.
         NoSpace: the epoch table is full.
         StorageFailed: reading or writing failed.
+        RolledBack: the witness remembers a later state, or one this image does not continue.
     """
     path = storage.path
     superblock, copy, raw, keys = _live_superblock(storage, image_key, geometry)
@@ -229,12 +253,25 @@ def open_volume(
         expected = scanned[-1].record.root_mac
         if expected is not None and not same_mac(tree.refresh(volume.size), expected):
             raise IntegrityError(path, "the tree after replay is not the one last recorded")
+    if witness is not None:
+        lineage = lineage_of(superblock, scanned, volume.journal.tail)
+        remembered = witness(lineage)
+        if remembered is not None:
+            volume.pins = (remembered,)
     if not read_only:
         if table.rows_max - len(table.rows) < _ROWS_WANTED:
             volume.compact_table()
         if scanned:
             _finish_recovery(volume, journal)
     return volume, identity
+
+
+def lineage_of(superblock: Superblock, scanned: Sequence[Scanned], tail: Tail) -> Lineage:
+    """Return where the state at `tail` comes from: superblock's anchors, and the records since."""
+    states = {anchor_of(item.record.sequence, item.mac) for item in scanned}
+    states.add(anchor_of(superblock.tail_sequence, superblock.tail_mac))
+    states.update(superblock.anchors)
+    return Lineage(tail.anchor, frozenset(states))
 
 
 def _forget_holes(volume: Volume, item: Scanned) -> None:

@@ -94,6 +94,8 @@ class Volume:
         )
         slot_count = self.geometry.slot_count_of(storage.size())
         self.allocator = Allocator(slot_count, self.geometry.chunk_nodes)
+        self.pins: tuple[Anchor, ...] = ()
+        """States that somebody remembers, or is about to: every superblock names them."""
         self.inline: dict[int, int] = {}
         """Block to file offset of its newest inline payload, where that is not home yet."""
         self._live_copy = live_copy
@@ -369,7 +371,8 @@ class Volume:
             clean: the image is being closed in order.
         """
         self.space.reserve_nodes(self.tree.unplaced_nodes_max())
-        superblock, raw = yield lambda: self._write_checkpoint(new_epoch, clean)
+        pins = self.pins  # as of the frozen state: who remembers a state from now on takes its tail
+        superblock, raw = yield lambda: self._write_checkpoint(new_epoch, clean, pins)
         self.tree.settle()
         self.superblock, self._live_raw = superblock, raw
         self._live_copy = 1 - self._live_copy
@@ -379,7 +382,9 @@ class Volume:
         self.journal.release()
         yield from self.space.reclaim_steps(clean=clean)
 
-    def _write_checkpoint(self, new_epoch: bool, clean: bool) -> tuple[Superblock, bytes]:
+    def _write_checkpoint(
+        self, new_epoch: bool, clean: bool, pins: tuple[Anchor, ...]
+    ) -> tuple[Superblock, bytes]:
         old = self.superblock
         if new_epoch:
             if self.table.is_nearly_full:
@@ -399,10 +404,10 @@ class Volume:
         tail = self.journal.tail
         rows = encode_table(self.table.rows)
         top = self.tree.top
-        anchor = Anchor(tail.sequence, tail.mac[:16])
-        anchors = old.anchors
-        if tail.sequence and (not anchors or anchors[0] != anchor):
-            anchors = (anchor, *anchors)[:ANCHOR_COUNT]
+        # The tail, what is pinned, and of the older ones as many as there is room for.
+        named = dict.fromkeys((tail.anchor, *pins, *old.anchors))
+        chosen = [anchor for anchor in named if anchor.sequence][:ANCHOR_COUNT]
+        anchors = tuple(sorted(chosen, key=lambda anchor: -anchor.sequence))
         superblock = replace(
             old,
             generation=old.generation + 1,
