@@ -2,8 +2,11 @@
 
 An error carries its facts as attributes and builds its own sentence: what failed, on which
 object, what was expected and what was found. It never carries key material. What to do about
-it (hints, exit codes, errno) is decided where it is shown: `cli/errors.py`, `mount/errno.py`.
+it (hints, exit codes, errno) is decided where it is shown: `cli/errors.py`, `mount/errno.py`,
+both of which import this module; it imports nothing.
 `ValueError` and `AssertionError` mean a bug in sealfs, never bad input.
+
+A class's first sentence is for users: `tools/error-table` puts it into README's table.
 """
 
 from __future__ import annotations
@@ -22,19 +25,19 @@ class SealfsError(Exception):
 
 
 class UsageError(SealfsError):
-    """The caller asked for something that makes no sense: a size, a name, an option."""
+    """What was asked for makes no sense: a size, a name, an option, a place."""
 
 
 class FormatError(SealfsError):
-    """Bytes that are not a sealed image, a key record..., or a version this sealfs cannot read."""
+    """Not a sealed image or key record, or one of a version or feature this sealfs lacks."""
 
 
 class IntegrityError(SealfsError):
-    """Bytes that do not authenticate: damaged, or altered outside sealfs."""
+    """The image does not authenticate: damaged, or altered outside sealfs."""
 
 
 class BlockDamaged(IntegrityError):
-    """One block of an image does not authenticate; the others are not concerned."""
+    """A block does not authenticate; the other blocks are not concerned."""
 
     def __init__(self, subject: object, block: int, detail: str) -> None:
         super().__init__(subject, f"block {block} {detail}")
@@ -42,7 +45,7 @@ class BlockDamaged(IntegrityError):
 
 
 class StorageFailed(SealfsError):
-    """A write or a sync of the storage failed; the image is poisoned until it is reopened.
+    """The storage, or a tool, failed; an image takes nothing more until it is opened again.
 
     After a failed sync the kernel calls the pages clean and nothing can be concluded from
     reading them, so nothing more is acknowledged; recovery at the next open decides from
@@ -51,23 +54,23 @@ class StorageFailed(SealfsError):
 
 
 class RolledBack(SealfsError):
-    """An image older than what this host has seen of it."""
+    """An older image, or state directory, than this host has seen; or a fork of it."""
 
 
 class ForeignImage(SealfsError):
-    """An authentic image that is not the one registered under this path."""
+    """An authentic image, but not the one that is registered under this path."""
 
 
 class KeyServiceError(SealfsError):
-    """Base of what the key service refuses."""
+    """The key service cannot do it; the base of its other errors."""
 
 
 class KeyNotFound(KeyServiceError):
-    """No key record for this VM on this host."""
+    """This host has no key for the VM."""
 
 
 class KeyRefused(KeyServiceError):
-    """The TPM or the record's policy refuses to give the key (PCR, other TPM, revoked)."""
+    """The TPM refuses the key: it is another one or was cleared, or a PCR changed."""
 
 
 class KeyRecordDamaged(KeyServiceError):
@@ -75,11 +78,14 @@ class KeyRecordDamaged(KeyServiceError):
 
 
 class RecoveryRefused(KeyServiceError):
-    """The recovery key does not open this slot, or is mistyped."""
+    """The recovery key is mistyped, or another one than the image's."""
 
 
 class TpmUnavailable(KeyServiceError):
-    """No TPM answers; `code` is the TPM return code where there is one."""
+    """No TPM answers, or it is in trouble.
+
+    `code` is the TPM return code where there is one.
+    """
 
     def __init__(self, subject: object, detail: str, code: int | None = None) -> None:
         if code is not None:
@@ -89,24 +95,24 @@ class TpmUnavailable(KeyServiceError):
 
 
 class HostNotInitialised(KeyServiceError):
-    """The state directory holds no host record."""
+    """This host was not set up: the state directory holds no host record."""
 
 
 class Busy(SealfsError):
-    """Somebody else holds the image, the mount point or the state directory."""
+    """Somebody else has the image, the mount point or the state directory."""
 
 
 class NotFound(SealfsError):
-    """No such image, VM file or mount."""
+    """No such image, file, directory, mount or tool."""
 
 
 class AlreadyExists(SealfsError):
-    """The name is taken."""
+    """The name is taken, or the image is registered elsewhere."""
 
 
 class NoSpace(SealfsError):
-    """The storage, or a table of the image, is full; the write was not accepted."""
+    """The storage, or a table of sealfs, is full; the write was not accepted."""
 
 
 class ReadOnly(SealfsError):
-    """A write to an image or mount that was opened for reading."""
+    """A write to what may only be read: permissions, `ro`, an image that is being read."""

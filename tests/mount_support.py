@@ -24,8 +24,10 @@ from typing import Any
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sealfs.errors import KeyRefused
+from sealfs.image.format import Anchor
+from sealfs.keys.ledger import Ledger, empty
 from sealfs.keys.registry import Registry, RegistryFile
-from sealfs.keys.statedir import REGISTRY_FILE, StateDir
+from sealfs.keys.statedir import LEDGER_FILE, REGISTRY_FILE, StateDir
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 30.0  # seconds for whatever should take a moment
@@ -34,12 +36,12 @@ DEADLINE = 30.0  # seconds for whatever should take a moment
 # A key service without a TPM.
 
 
-_REGISTRY_KEY = b"tests" * 8
+_KEY = b"tests" * 8
 
 
 @contextlib.contextmanager
-def _lend_registry_key(info: bytes) -> Iterator[bytearray]:
-    yield bytearray(_REGISTRY_KEY)
+def _lend_key(info: bytes) -> Iterator[bytearray]:
+    yield bytearray(_KEY)
 
 
 class TinyVmKey:
@@ -61,17 +63,35 @@ class TinyVmKey:
         return bytearray(AESGCM(self._key).decrypt(bytes(12), wrapped, uuid))
 
 
+class TinyCounter:
+    """A counter in a file, as a TPM has it in its own memory."""
+
+    def __init__(self, state: Path) -> None:
+        self._path = state / "counter"
+
+    def read(self, held: Any) -> int:
+        return int(self._path.read_text()) if self._path.exists() else 0
+
+    def increment(self, held: Any) -> None:
+        self._path.write_text(str(self.read(held) + 1))
+
+
 class TinyKeys:
     """The key service's interface; a VM id listed in `refused` gets no key."""
 
     def __init__(self, state: Path) -> None:
         self._state = state
         kept = StateDir.create(state)
-        self.registry = Registry(kept, bytes(16), _lend_registry_key)
+        self.registry = Registry(kept, bytes(16), _lend_key)
+        self.ledger = Ledger(
+            kept, bytes(16), counter=TinyCounter(state), subkey=_lend_key, subject="ledger"
+        )
         with kept.lock() as held:
+            if not (state / LEDGER_FILE).exists():
+                kept.write(LEDGER_FILE, empty(bytes(16), 0, _KEY), held)
             if not (state / REGISTRY_FILE).exists():
-                empty = RegistryFile(bytes(16), ()).with_mac(_REGISTRY_KEY)
-                kept.write(REGISTRY_FILE, empty.encode(), held)
+                none = RegistryFile(bytes(16), ()).with_mac(_KEY)
+                kept.write(REGISTRY_FILE, none.encode(), held)
 
     def unseal(self, kmi: str, vm_id: str) -> TinyVmKey:
         if (self._state / "bug").exists():
@@ -125,6 +145,8 @@ class FakeImage:
         self.uuid = bytes(16)
         self.is_dirty = False
         self.poisoned = None
+        self.read_only = False
+        self.progress = Anchor(0, bytes(16))
         self.oldest_dirty = None
         self.dirty_size = 0
         self.needs_checkpoint = self.wants_checkpoint = False
@@ -170,6 +192,12 @@ class FakeOpener:
 
     def open(self, path: Path) -> Any:
         return FakeImage(path, self._size), path.stem, bytearray(32), os.open(path, os.O_RDONLY)
+
+    def note(self, images: Any) -> None:
+        pass
+
+    def bump(self) -> None:
+        pass
 
     def vm_id_of(self, path: Path) -> str:
         return path.stem

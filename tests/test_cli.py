@@ -112,7 +112,7 @@ def unmount_all(directory: Path) -> list[str]:
     prefix = os.path.realpath(directory) + "/"
     found = [
         line.split(" ")[4]
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
         if line.split(" ")[4].startswith(prefix)
     ]
     for mountpoint in reversed(found):

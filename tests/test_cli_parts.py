@@ -17,7 +17,7 @@ from sealfs.cli import survey
 from sealfs.cli.arguments import SIZE
 from sealfs.cli.errors import ExitCode, Situation, exit_code_of, hint_of, sentence_of
 from sealfs.cli.main import COMMANDS, _as_command, program
-from sealfs.cli.output import printable, size_text
+from sealfs.cli.output import printable, size_text, table_lines
 from sealfs.cli.plain import data_runs
 from sealfs.image.layout import SIZE_MAX, geometry_for
 
@@ -66,13 +66,43 @@ def test_a_bug_is_no_error_of_the_user() -> None:
 
 def test_the_readme_lists_every_exit_code() -> None:
     text = README.read_text()
+    in_words = {ExitCode.OK: "Exit code 0 is", ExitCode.FINDINGS: "; 3 says"}
     for code in ExitCode:
-        assert f"| {code.value} |" in text, f"{code!r} is not in README's table"
+        assert in_words.get(code, f"| {code.value} |") in text, f"{code!r} is not in README"
+
+
+def test_a_hint_for_what_only_root_may() -> None:
+    user = Situation(command="info", path=Path("a b"), arguments=("info", "a b"), is_root=False)
+    refused = errors.UsageError("/var/lib/sealfs", "cannot be read: Permission denied")
+    refused.__cause__ = PermissionError(errno.EACCES, "Permission denied")
+    assert hint_of(refused, user) == "sudo sealfs info 'a b'"
+    assert hint_of(PermissionError(errno.EACCES, "x"), user) == "sudo sealfs info 'a b'"
+    user.state = Path("/srv/state")
+    assert hint_of(refused, user) == "sudo sealfs --state /srv/state info 'a b'"
+    user.is_root = True
+    assert hint_of(refused, user) is None
+
+
+def test_a_hint_goes_where_the_command_went() -> None:
+    missing = errors.KeyNotFound("web1", "this host has no key for it")
+    situation = Situation(command="check", path=Path("x.sealed"), options=("--state", "a b"))
+    assert hint_of(missing, situation) == "sealfs --state 'a b' key recover x.sealed"
+    full = errors.NoSpace("/srv/state/keys/x.slot", "no space")
+    situation = Situation(command="create", path=Path("y/x.sealed"), state=Path("/srv/state"))
+    assert hint_of(full, situation) == "df -h /srv/state"
+    assert hint_of(errors.NoSpace("web1", "no space"), situation) == "df -h y"
+
+
+def test_a_locked_state_directory_is_no_mount_point() -> None:
+    busy = errors.Busy("/srv/state", "another sealfs process held the state directory for 10 s")
+    assert hint_of(busy, Situation(command="mount", path=Path("/mnt/plain"))) is None
 
 
 def test_the_list_of_commands_says_what_each_says_itself() -> None:
     for name, (module, line) in COMMANDS.items():
-        command = getattr(importlib.import_module(f"sealfs.cli.{module}"), f"{name}_command")
+        command = getattr(
+            importlib.import_module(f"sealfs.cli.{module}"), f"{name.replace('-', '_')}_command"
+        )
         with click.Context(program):
             assert command.get_short_help_str(limit=200).rstrip(".") != ""
         assert line.endswith(".")
@@ -119,6 +149,42 @@ def test_sizes_for_people() -> None:
     assert [size_text(n) for n in (0, 1023, 1024, 1536, 10 << 30, None)] == [
         "0", "1023", "1K", "1.5K", "10G", "?",
     ]  # fmt: skip
+
+
+def test_a_table_that_fits_is_a_table() -> None:
+    lines = table_lines(("PATH", "VM", "STATE"), [("a.sealed", "web1", "clean")], 80)
+    assert lines == ["PATH       VM     STATE", "a.sealed   web1   clean"]
+
+
+def test_a_table_that_does_not_fit_breaks_no_path_and_no_vm_id() -> None:
+    path, vm_id = "/srv/vm/" + "long/" * 40 + "disk.sealed", "v" * 255
+    rows = [(path, vm_id, "", "10G", "clean"), ("", "b", "", "1G", "clean")]
+    lines = table_lines(("PATH", "VM", "DISK", "SIZE", "STATE"), rows, 80)
+    assert lines == [
+        path,
+        f"    VM {vm_id}",
+        "    SIZE 10G   STATE clean",
+        "    VM b   SIZE 1G   STATE clean",
+    ]
+    wide = table_lines(("PATH", "VM", "DISK", "SIZE", "STATE"), rows, None)
+    assert len(wide) == 3, "not a terminal: a line for each row"
+    assert table_lines(("PATH",), [], 80) == []
+
+
+def test_wide_letters_are_two_columns() -> None:
+    lines = table_lines(("A", "B"), [("漢字", "x"), ("abcd", "y")], 80)
+    assert lines == ["A      B", "漢字   x", "abcd   y"]
+
+
+def test_keys_are_in_no_core_dump() -> None:
+    script = (
+        "import resource, pathlib; from sealfs.cli.settings import Settings\n"
+        "try:\n    Settings(state=pathlib.Path('/nonexistent')).keys().__enter__()\n"
+        "except Exception: pass\n"
+        "print(resource.getrlimit(resource.RLIMIT_CORE))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "(0, 0)\n", done.stderr
 
 
 def test_names_of_any_bytes_can_be_printed() -> None:

@@ -114,7 +114,11 @@ async def rig(image: Image) -> AsyncIterator[Rig]:
     device.setblocking(False)
     workers, handles, failures = Workers(2), Handles(), Failures()
     cache: Any = SimpleNamespace(dirty_max=1 << 20, dirty_size=0, free_count=0)
-    opener: Any = SimpleNamespace(open=lambda path: (image, "vm", bytearray(32), -1))
+    opener: Any = SimpleNamespace(
+        open=lambda path: (image, "vm", bytearray(32), -1),
+        note=lambda images: None,
+        bump=lambda: None,
+    )
     disks = Disks(opener=opener, workers=workers, cache=cache, failures=failures)
     relay = Relay(device.fileno())
     pyfuse3 = trio.socket.from_stdlib_socket(socket.socket(fileno=relay.hand_over()))

@@ -169,9 +169,14 @@ def test_an_older_ledger_is_refused_and_can_be_accepted(place: Place) -> None:
     for action in (lambda: place.process().find(A), place.process().begin, ledger.bump):
         with pytest.raises(RolledBack, match="restored from a backup"):
             action()
-    place.process().rebase()
+    assert place.process().rebase()
     assert place.process().find(A) == at(1)
     assert ledger.find(A) == at(1)
+    for lost in (b"", old[:30], empty(B, 99, KEY), None):
+        place.path.unlink() if lost is None else place.path.write_bytes(lost)
+        assert not place.process().rebase()
+        assert place.process().find(A) is None
+        ledger.begin()
 
 
 def test_a_counter_behind_is_another_tpm(place: Place) -> None:

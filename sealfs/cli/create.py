@@ -13,7 +13,7 @@ from sealfs.cli.arguments import PCRS, SIZE
 from sealfs.cli.errors import warn
 from sealfs.cli.output import Advance, print_json, progress
 from sealfs.cli.sealing import Fill, NewImage, make
-from sealfs.cli.settings import Settings, common_options
+from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import NotFound, UsageError
 from sealfs.image.format import MAGICS
 from sealfs.image.image import SealedImage
@@ -38,14 +38,16 @@ def _new_image_options(command: F) -> F:
             help="For a new key: find it by the VM id, or by an opaque identifier.",
         ),
         click.option("--disk", "label", metavar="LABEL", default="", help="Which disk of the VM."),
-        click.option("--vm-id", metavar="ID", help="The VM; a UUID is made and printed without."),
+        click.option(
+            "--vm-id", metavar="ID", help="Whose disk it is; without, a UUID is made and printed."
+        ),
     ):
         command = option(command)
     return command
 
 
 @click.command("create")
-@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("image", type=PATH)
 @click.option("--size", type=SIZE, required=True, help="Bytes, or with K, M, G, T (binary).")
 @_new_image_options
 @common_options
@@ -68,9 +70,14 @@ def create_command(
 
 
 @click.command("import")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("image", type=click.Path(path_type=Path))
-@click.option("--format", "disk_format", metavar="FORMAT", help="Of SOURCE; found out without.")
+@click.argument("source", type=PATH)
+@click.argument("image", type=PATH)
+@click.option(
+    "--format",
+    "disk_format",
+    metavar="FORMAT",
+    help="Of SOURCE, else found out; name it where a stranger wrote the disk.",
+)
 @_new_image_options
 @common_options
 def import_command(

@@ -2,7 +2,9 @@
 
 The one place of hints and exit codes. Knows the exception types and the operating system's error
 numbers; what failed and why is said by the exception itself. Everything goes to stderr, lower
-case and without a full stop, after `sealfs: error:`, `sealfs: hint:` or `sealfs: warning:`.
+case and without a full stop, after `sealfs: error:`, `sealfs: hint:` or `sealfs: warning:`; with
+--json the error is a document on stdout as well. README's table of errors is made from here
+(`tools/error-table`).
 """
 
 from __future__ import annotations
@@ -10,16 +12,18 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
 import click
 
 from sealfs import errors
+from sealfs.cli.output import has_answered, print_json
 
 
 class ExitCode(IntEnum):
@@ -85,97 +89,216 @@ _ERRNO_CODES: dict[int, ExitCode] = {
 _NO_SPACE_ERRNOS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
+STATE_DEFAULT = Path("/var/lib/sealfs")
+_ROOTS_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # sudoers: secure_path
+_KEPT_BY_HOST = ("key record", "registry", "ledger", "host")
+_STATE_FILES = ("registry", "host.record")
+"""Files of the state directory that no recovery key makes again."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Situation:
     """What was being done, in the user's own words: filled in as a command goes on.
 
     Attributes:
         command: the command as typed, "key recover".
+        arguments: everything that was typed behind `sealfs`.
+        options: the common options among it that every other command needs as well.
         path: the image or directory that the user named.
         destination: what is being made, where that is another path.
         mountpoint: of the mount that holds the image, where one does.
         state: the state directory.
+        is_root: whether nothing is forbidden to this user.
     """
 
     command: str = ""
+    arguments: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     path: Path | None = None
     destination: Path | None = None
     mountpoint: Path | None = None
-    state: Path = Path()
+    state: Path = STATE_DEFAULT
     verbose: int = 0
+    json: bool = False
+    is_root: bool = field(default_factory=lambda: os.geteuid() == 0)
 
     @property
     def quoted(self) -> str:
         """The user's path as a shell takes it; empty where there is none."""
-        return shlex.quote(str(self.path)) if self.path is not None else ""
+        return quoted(self.path) if self.path is not None else ""
+
+    def sealfs(self, words: str) -> str:
+        """Return a command of ours that works where this one was typed."""
+        options = shlex.join(self.options) + " " if self.options else ""
+        return f"sealfs {options}{words}"
+
+    def again(self, *more: str, arguments: tuple[str, ...] | None = None) -> str:
+        """Return the user's own command, with more options."""
+        return shlex.join(["sealfs", *(self.arguments if arguments is None else arguments), *more])
+
+    def as_root(self, command: str) -> str:
+        """Return a command of ours by sudo, which knows neither our $PATH nor our environment."""
+        program = sys.argv[0]
+        if shutil.which("sealfs", path=_ROOTS_PATH) or os.path.basename(program) != "sealfs":
+            program = "sealfs"
+        else:
+            program = shlex.quote(os.path.abspath(program))
+        if self.state != STATE_DEFAULT and "--state" not in command:
+            program += f" --state {quoted(self.state)}"
+        return f"sudo {program} {command.removeprefix('sealfs ')}"
+
+
+def quoted(path: Path) -> str:
+    """Return a path as a shell and a command take it."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 Hint = Callable[[BaseException, Situation], str | None]
 
 
-def _with_path(template: str) -> Hint:
+def _with_path(words: str) -> Hint:
     def hint(error: BaseException, situation: Situation) -> str | None:
-        return template.format(path=situation.quoted) if situation.path is not None else None
+        if situation.path is None:
+            return None
+        return situation.sealfs(words.format(path=situation.quoted))
 
     return hint
 
 
+def _nothing(error: BaseException, situation: Situation) -> None:
+    return None
+
+
+def _senseless(error: BaseException, situation: Situation) -> str | None:
+    return situation.again("--shrink") if "would be cut off" in str(error) else None
+
+
 def _busy(error: BaseException, situation: Situation) -> str | None:
-    if situation.command == "mount":
-        if "dead mount" in str(error):
-            return f"umount -l {situation.quoted}"
-        return f"sealfs umount {situation.quoted}"
-    if situation.mountpoint is None or situation.path is None:
+    text = str(error)
+    if situation.path is not None and "dead mount" in text:
+        return _free(situation.path, situation)
+    if "already mounted" in text:
+        return situation.sealfs(f"umount {situation.quoted}")
+    if situation.mountpoint is None:
+        if "in use by another sealfs" in text and shutil.which("fuser"):
+            return f"fuser -v {quoted(Path(getattr(error, 'subject', '')))}"
         return None
+    shown = quoted(situation.mountpoint)
     if situation.command == "export":
-        shown = situation.mountpoint
-        return f"qemu-img convert -f raw -O qcow2 {shlex.quote(str(shown))} COPY.qcow2"
-    return f"stop the virtual machine that uses {shlex.quote(str(situation.mountpoint))}"
+        return f"qemu-img convert -f raw -O qcow2 {shown} COPY.qcow2"
+    return f"stop the virtual machine that uses {shown}"
+
+
+def _free(mountpoint: Path, situation: Situation) -> str:
+    return f"{'umount -l' if situation.is_root else 'fusermount3 -uz'} {quoted(mountpoint)}"
+
+
+def _dead_mount(error: BaseException, situation: Situation) -> str | None:
+    """Name the mount point on the way to the user's path whose daemon is gone."""
+    if situation.path is None:
+        return None
+    here = Path(os.path.abspath(situation.path))
+    for place in (*reversed(here.parents), here):
+        try:
+            os.stat(place)
+        except OSError as found:
+            return _free(place, situation) if found.errno == errno.ENOTCONN else None
+    return None
 
 
 def _tpm(error: BaseException, situation: Situation) -> str | None:
     if situation.command == "init":
-        return "sealfs init --tpm swtpm"
-    return "sealfs doctor"
+        return situation.sealfs("init --tpm swtpm") if "hardware TPM" in str(error) else None
+    return situation.sealfs("doctor")
+
+
+def _no_key(error: BaseException, situation: Situation) -> str | None:
+    if situation.command.startswith("key "):
+        return situation.sealfs("key list")
+    return _key_refused(error, situation)
 
 
 def _key_refused(error: BaseException, situation: Situation) -> str | None:
-    if situation.command.startswith("key"):
+    text = str(error)
+    if "locked out" in text:
+        return situation.sealfs("doctor")
+    if text.endswith("try again"):
+        return situation.again()
+    lost = Path(getattr(error, "subject", ""))
+    if lost == situation.state / "ledger":
+        return situation.sealfs("accept-rollback --ledger")
+    if lost.name in _STATE_FILES and lost.parent == situation.state:
+        return f"restore {quoted(lost)} from a backup; without one this host is lost, see README"
+    if situation.command == "key recover":
         return None
-    return f"sealfs key recover {situation.quoted}" if situation.path else "sealfs key test --all"
+    if situation.path is None:
+        return situation.sealfs("key recover IMAGE") + ", any image of this VM"
+    return situation.sealfs(f"key recover {situation.quoted}")
 
 
 def _malformed(error: BaseException, situation: Situation) -> str | None:
     path = situation.path
-    if "key record" in str(error):
+    if any(f"this is not a {what}" in str(error) for what in _KEPT_BY_HOST):
         return _key_refused(error, situation)
     if path is None or path.suffix == ".sealed" or "not a sealed image" not in str(error):
         return None
-    return f"sealfs import {situation.quoted} {shlex.quote(f'{situation.path}.sealed')}"
+    return situation.sealfs(f"import {situation.quoted} {quoted(Path(f'{path}.sealed'))}")
 
 
 def _damaged(error: BaseException, situation: Situation) -> str:
     return "restore the image from a backup"
 
 
+def _storage_failed(error: BaseException, situation: Situation) -> str | None:
+    subject = getattr(error, "subject", "")
+    if subject in ("/dev/fuse", "fusermount3"):
+        return situation.sealfs("doctor")
+    return "dmesg | tail" if _cause_errno(error) == errno.EIO else None
+
+
+def _not_found(error: BaseException, situation: Situation) -> str | None:
+    if "package qemu-utils" in str(error):
+        return f"{'' if situation.is_root else 'sudo '}apt install qemu-utils"
+    return situation.sealfs("list") if "no such sealed image" in str(error) else None
+
+
 def _exists(error: BaseException, situation: Situation) -> str | None:
+    path, made = situation.path, situation.destination
     match situation.command:
-        case "export":
-            return "add --force to replace it"
+        case "export" if made is not None and path is not None:
+            if not made.is_dir():
+                return situation.again("--force")
+            inside = str(made / f"{path.name.removesuffix('.sealed')}.raw")
+            words = tuple(inside if word == str(made) else word for word in situation.arguments)
+            return situation.again(arguments=words)
         case "register" | "key recover":
-            return _with_path("sealfs register --replace {path}")(error, situation)
-        case "create" | "import":
-            return _with_path("sealfs info {path}")(error, situation)
+            return _with_path("register --replace {path}")(error, situation)
+        case "create" | "import" if path is not None and not path.is_dir():
+            return _with_path("info {path}")(error, situation)
     return None
 
 
 def _no_space(error: BaseException, situation: Situation) -> str | None:
-    full = situation.destination or situation.path
-    return f"df -h {shlex.quote(str(full.parent))}" if full is not None else None
+    full = Path(getattr(error, "subject", ""))
+    if situation.state in full.parents:
+        return f"df -h {quoted(situation.state)}"
+    place = situation.destination or situation.path
+    return f"df -h {quoted(place.parent)}" if place is not None else None
 
 
 def _no_host(error: BaseException, situation: Situation) -> str:
-    return f"sealfs --state {shlex.quote(str(situation.state))} init"
+    if not situation.is_root and situation.state == STATE_DEFAULT:
+        return situation.as_root("init")
+    if situation.state == STATE_DEFAULT or "--state" in situation.options:
+        return situation.sealfs("init")
+    return f"sealfs --state {quoted(situation.state)} init"
+
+
+def _rolled_back(error: BaseException, situation: Situation) -> str | None:
+    if Path(getattr(error, "subject", "")).parent == situation.state:
+        return situation.sealfs("accept-rollback --ledger")
+    return _with_path("accept-rollback {path}")(error, situation)
 
 
 def _usage(error: BaseException, situation: Situation) -> str | None:
@@ -184,23 +307,32 @@ def _usage(error: BaseException, situation: Situation) -> str | None:
     return None
 
 
-HINTS: tuple[tuple[type[BaseException], Hint], ...] = (
-    (errors.HostNotInitialised, _no_host),
-    (errors.TpmUnavailable, _tpm),
-    (errors.ForeignImage, _with_path("sealfs register {path}")),
-    (errors.RecoveryRefused, lambda error, situation: None),
-    (errors.KeyNotFound, _key_refused),
-    (errors.KeyRefused, _key_refused),
-    (errors.KeyRecordDamaged, _key_refused),
-    (errors.Busy, _busy),
-    (errors.FormatError, _malformed),
-    (errors.BlockDamaged, _with_path("sealfs check --data {path}")),
-    (errors.IntegrityError, _damaged),
-    (errors.AlreadyExists, _exists),
-    (errors.NoSpace, _no_space),
-    (click.UsageError, _usage),
+HINTS: tuple[tuple[type[BaseException], Hint, str], ...] = (
+    (errors.UsageError, _senseless, "the message says what is possible; `--help`"),
+    (errors.HostNotInitialised, _no_host, ""),
+    (errors.TpmUnavailable, _tpm, ""),
+    (errors.RecoveryRefused, _nothing, "type it again; `sealfs info IMAGE` names the right one"),
+    (errors.KeyNotFound, _no_key, ""),
+    (errors.KeyRefused, _key_refused, ""),
+    (errors.KeyRecordDamaged, _key_refused, "registry, host record: a backup of the state"),
+    (errors.KeyServiceError, _nothing, "`-v` shows more"),
+    (errors.RolledBack, _rolled_back, "only if you restored it yourself"),
+    (errors.ForeignImage, _with_path("register {path}"), "only if you moved it yourself"),
+    (errors.Busy, _busy, ""),
+    (errors.FormatError, _malformed, "another file, or a newer sealfs"),
+    (errors.BlockDamaged, _with_path("check --data {path}"), "then a backup"),
+    (errors.IntegrityError, _damaged, ""),
+    (errors.StorageFailed, _storage_failed, "the kernel's log (`dmesg`)"),
+    (errors.NotFound, _not_found, "look at the path"),
+    (errors.AlreadyExists, _exists, ""),
+    (errors.NoSpace, _no_space, ""),
+    (errors.ReadOnly, _nothing, "mend permissions; mount without `ro`"),
+    (click.UsageError, _usage, ""),
 )
-"""First match wins; each gives a command to run, with the user's own path in it, or nothing."""
+"""First match wins: what a command prints, or None, and what README says besides.
+
+A hint is a command to run with the user's own path in it, or where none can help a few words.
+"""
 
 
 class Interrupted(BaseException):
@@ -219,23 +351,26 @@ def warn(text: str) -> None:
 def report(error: BaseException, situation: Situation) -> int:
     """Print what went wrong and return the exit code."""
     if isinstance(error, Interrupted):
-        _print_error("interrupted; nothing half-made was left behind")
-        return INTERRUPTED + error.number
-    code = exit_code_of(error)
-    if code is None:
-        _print_error(f"internal error: {type(error).__name__}: {_one_line(str(error))}")
-        if situation.verbose:
+        sentence, hint = "interrupted; nothing half-made was left behind", None
+        status = INTERRUPTED + error.number
+    else:
+        code = exit_code_of(error)
+        status = ExitCode.INTERNAL if code is None else code
+        sentence, hint = sentence_of(error), hint_of(error, situation)
+        if code is None:
+            sentence = f"internal error: {type(error).__name__}: {_one_line(str(error))}"
+            hint = None if situation.verbose else "run it again with -v and report what it prints"
+        if situation.verbose > (0 if code is None else 1):
             traceback.print_exception(error)
-        else:
-            _print_hint("run it again with -v and report what it prints")
-        return ExitCode.INTERNAL
-    _print_error(sentence_of(error))
-    hint = hint_of(error, situation)
+    print(f"sealfs: error: {_printable(sentence)}", file=sys.stderr)
     if hint:
-        _print_hint(hint)
-    if situation.verbose > 1:
-        traceback.print_exception(error)
-    return code
+        print(f"sealfs: hint: {_printable(hint)}", file=sys.stderr)
+    if situation.json and not has_answered():
+        # What stderr says, and which of the classes of `sealfs.errors` it is.
+        kind = type(error).__name__
+        document = {"type": kind, "message": sentence, "hint": hint, "exit_code": int(status)}
+        print_json({"error": document})
+    return status
 
 
 def exit_code_of(error: BaseException) -> ExitCode | None:
@@ -254,10 +389,12 @@ def hint_of(error: BaseException, situation: Situation) -> str | None:
     """Return what to do about it, None where nothing can be said."""
     if exit_code_of(error) is ExitCode.NO_SPACE:
         return _no_space(error, situation)
+    if not situation.is_root and _cause_errno(error) in (errno.EACCES, errno.EPERM):
+        return situation.as_root(situation.again())
     if isinstance(error, OSError) and error.errno == errno.ENOTCONN:
         # A FUSE file system whose daemon is gone.
-        return f"umount -l MOUNTPOINT, where {situation.quoted} lies"
-    for kind, hint in HINTS:
+        return _dead_mount(error, situation)
+    for kind, hint, _ in HINTS:
         if isinstance(error, kind):
             return hint(error, situation)
     return None
@@ -302,14 +439,6 @@ def _plain(message: str) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _print_error(text: str) -> None:
-    print(f"sealfs: error: {_printable(text)}", file=sys.stderr)
-
-
-def _print_hint(text: str) -> None:
-    print(f"sealfs: hint: {_printable(text)}", file=sys.stderr)
 
 
 def _printable(text: str) -> str:

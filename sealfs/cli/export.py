@@ -10,14 +10,14 @@ import click
 
 from sealfs.cli import plain, sealed
 from sealfs.cli.newborn import Newborn
-from sealfs.cli.output import progress
-from sealfs.cli.settings import Settings, common_options
+from sealfs.cli.output import print_json, progress
+from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.image.image import SealedImage
 
 
 @click.command("export")
-@click.argument("image", type=click.Path(path_type=Path))
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("image", type=PATH)
+@click.argument("dest", type=PATH)
 @click.option(
     "--format",
     "disk_format",
@@ -26,7 +26,7 @@ from sealfs.image.image import SealedImage
     show_default=True,
     help="Of DEST.",
 )
-@click.option("--force", is_flag=True, help="Replace DEST if it exists.")
+@click.option("--force", is_flag=True, help="Replace DEST, a file, if it exists.")
 @common_options
 def export_command(
     settings: Settings, image: Path, dest: Path, disk_format: str, force: bool
@@ -39,13 +39,16 @@ def export_command(
     settings.about(image)
     place = sealed.find(image)
     with settings.keys() as keys, sealed.opened(settings, place, keys) as source:
-        settings.situation.destination = dest
+        settings.situation.destination = dest  # from here on what fails is its making
         with Newborn(dest, replace=force) as newborn:
             with plain.open_target(
                 newborn.temporary, disk_format, source.size, shown_as=dest
             ) as target:
                 _copy(source, target, dest.name)
             newborn.name()
+        if settings.json:
+            facts = {"path": str(dest), "format": disk_format, "size": source.size}
+            print_json({**facts, "image": str(place.sealed)})
 
 
 def _copy(image: SealedImage, target: plain.Target, name: str) -> None:

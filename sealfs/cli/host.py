@@ -1,4 +1,4 @@
-"""`init` and `doctor`: the host that keeps the keys."""
+"""`init`: the host that keeps the keys."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from sealfs.cli import health
-from sealfs.cli.errors import ExitCode, warn
+from sealfs.cli.errors import warn
 from sealfs.cli.output import print_facts, print_json
-from sealfs.cli.settings import Settings, common_options
+from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.keys.access import AUTO
 from sealfs.keys.provision import WARN_NO_POLICY
 from sealfs.keys.reports import InitReport
@@ -26,7 +25,7 @@ loss of its VMs. Whoever else has it can open them too."""
 @click.option(
     "--recovery-to",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Wrap every key to this public X25519 key of your organisation (PEM or hexadecimal).",
 )
 @click.option("--no-recovery", is_flag=True, help="Do without a recovery key.")
@@ -70,23 +69,3 @@ def _print_report(report: InitReport) -> None:
     print_facts(facts)
     if report.recovery_key is not None:
         print(f"\nrecovery key\n\n    {report.recovery_key}\n\n{KEY_ADVICE}")
-
-
-@click.command("doctor")
-@common_options
-def doctor_command(settings: Settings) -> int:
-    """Say what this host can do and what to mend.
-
-    Exit code 3 when something fails;
-    a warning is for you to judge.
-    """
-    findings = health.examine(settings)
-    if settings.json:
-        print_json([finding.to_json() for finding in findings])
-    else:
-        for finding in findings:
-            print(f"{finding.level:<4}  {finding.subject:<15}  {finding.text}")
-            if finding.mend:
-                print(f"{'':<23}mend: {finding.mend}")
-    has_failed = any(finding.level == health.FAIL for finding in findings)
-    return ExitCode.FINDINGS if has_failed else ExitCode.OK

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sealfs.cli import sealed, survey
-from sealfs.cli.errors import ExitCode, warn
+from sealfs.cli.errors import ExitCode, hint_of, warn
 from sealfs.cli.output import print_facts, print_json, print_table, printable, progress, size_text
-from sealfs.cli.settings import Settings, common_options
+from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.cli.survey import Facts
-from sealfs.errors import AlreadyExists, KeyServiceError, SealfsError
+from sealfs.errors import AlreadyExists, IntegrityError, KeyServiceError, SealfsError, UsageError
 from sealfs.image.layout import Geometry
 from sealfs.image.recovery import peek, read_identity
 from sealfs.image.storage import FileStorage
+from sealfs.mount import freshness
 
 if TYPE_CHECKING:
     from sealfs.image.check import Finding
@@ -27,18 +28,18 @@ if TYPE_CHECKING:
 
 
 @click.command("list")
-@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.argument("directory", required=False, type=PATH)
 @common_options
 def list_command(settings: Settings, directory: Path | None) -> None:
     """List the sealed images below DIRECTORY, or all that this host has registered.
 
-    What is shown of an image is what its file says; `info` verifies it.
+    What is shown of an image is what its file says: `info` verifies that, and `check` the whole.
     """
     registry: dict[str, RegistryEntry] | None = None
     try:
         with settings.keys() as keys:
             registry = survey.registered(keys)
-    except KeyServiceError as error:
+    except (KeyServiceError, UsageError) as error:
         if directory is None:
             raise
         warn(f"what is registered is not known: {error}")
@@ -51,7 +52,7 @@ def list_command(settings: Settings, directory: Path | None) -> None:
         print_json([facts.to_json() for facts in found])
         return
     print_table(
-        ("PATH", "VM", "DISK", "SIZE", "ALLOCATED", "STATE"),
+        ("PATH", "VM", "DISK", "SIZE", "ALLOCATED", "STATE (unverified)"),
         [
             (
                 facts.path,
@@ -78,7 +79,7 @@ def _listed(path: Path, registry: dict[str, RegistryEntry] | None) -> Facts:
 
 
 @click.command("info")
-@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("image", type=PATH)
 @common_options
 def info_command(settings: Settings, image: Path) -> None:
     """Tell what is known of one image: a sealed file, or the plain file a mount shows for it.
@@ -94,11 +95,12 @@ def info_command(settings: Settings, image: Path) -> None:
             except KeyServiceError:
                 registry = None  # verifying meets the same, and says it
             facts = survey.look(place, registry)
-            if facts.problem is None:
+            if facts.vm_id is not None:
                 wrong = survey.verify(facts, place, keys)
-    except KeyServiceError as error:
+    except (KeyServiceError, UsageError) as error:
         facts = survey.look(place, None)
         facts.unverified_because = str(error)
+        facts.hint = hint_of(error, settings.situation)
     if facts.vm_id is None:
         _raise_problem(place.sealed)
     if settings.json:
@@ -107,6 +109,8 @@ def info_command(settings: Settings, image: Path) -> None:
         print_facts(_info_lines(facts))
     if wrong is not None:
         raise wrong
+    if facts.problem is not None:
+        raise IntegrityError(place.sealed, facts.problem)
 
 
 def _raise_problem(path: Path) -> None:
@@ -125,6 +129,7 @@ def _info_lines(facts: Facts) -> list[tuple[str, str]]:
         return name.replace("_", " "), f"{text}{mark}"
 
     size, full = facts.size or 0, facts.full_size or 0
+    no_key = "not looked at" if (facts.hint or "").startswith("sudo") else "none on this host"
     lines = [
         ("path", facts.path),
         *([("shown as", facts.shown_as)] if facts.shown_as else []),
@@ -137,7 +142,7 @@ def _info_lines(facts: Facts) -> list[tuple[str, str]]:
         ("when full", f"{size_text(full)}, {full - size} bytes more than the disk"),
         own("state", facts.state_text),
         *([own("kmi", facts.kmi or "")] if facts.kmi != facts.vm_id else []),
-        ("key here", survey.key_text(facts.key) if facts.key else "none on this host"),
+        ("key here", survey.key_text(facts.key) if facts.key else no_key),
         ("recovery keys", ", ".join(facts.recovery_keys) or "none"),
     ]
     if facts.live is not None:
@@ -145,11 +150,13 @@ def _info_lines(facts: Facts) -> list[tuple[str, str]]:
         lines.append(("unflushed", f"{size_text(int(live['dirty']))}, {live['handles']} handles"))
     if facts.unverified_because is not None:
         lines.append(("unverified", facts.unverified_because))
+    if facts.hint is not None:
+        lines.append(("to verify", facts.hint))
     return lines
 
 
 @click.command("check")
-@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("image", type=PATH)
 @click.option("--data", is_flag=True, help="Verify every block too, not the tree alone.")
 @common_options
 def check_command(settings: Settings, image: Path, data: bool) -> int:
@@ -216,8 +223,10 @@ def _finding_text(finding: Finding) -> str:
 
 
 @click.command("register")
-@click.argument("image", type=click.Path(path_type=Path))
-@click.option("--replace", is_flag=True, help="Even if another image or path is registered.")
+@click.argument("image", type=PATH)
+@click.option(
+    "--replace", is_flag=True, help="Even if another image or path is registered; says what."
+)
 @common_options
 def register_command(settings: Settings, image: Path, replace: bool) -> None:
     """Accept an authentic image under its present path, after a move outside sealfs.
@@ -230,25 +239,30 @@ def register_command(settings: Settings, image: Path, replace: bool) -> None:
         storage = FileStorage.open(place.sealed, read_only=True)
         try:
             identity = read_identity(storage)
+            known = freshness.newcomer(place.sealed, identity.uuid, keys.ledger)
             with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
-                opened = sealed.open_with(storage, identity, vm_key)
-            enter(keys, place.sealed, opened.identity.uuid, opened.identity.vm_id, replace=replace)
+                opened = sealed.open_with(storage, identity, vm_key, known)
+            entered = enter(keys, place.sealed, opened, replace=replace)
         finally:
             storage.close()
+    if settings.json:
+        print_json(entered)
 
 
-def enter(keys: KeyService, path: Path, image_uuid: bytes, vm_id: str, *, replace: bool) -> None:
+def enter(keys: KeyService, path: Path, opened: SealedImage, *, replace: bool) -> dict[str, object]:
     """Register a verified image under its path; entries of it whose file is gone are dropped.
+
+    What cannot be opened any more by this is warned of. Returns what is registered now, for
+    --json.
 
     Raises:
         AlreadyExists: another image is registered under this path, or this one under another
             path where a file still stands; and `replace` is False.
     """
-    here = os.path.realpath(path)
+    here, image = os.path.realpath(path), opened.identity
+    before = keys.registry.entries()
     others = [
-        entry.path
-        for entry in keys.registry.entries()
-        if entry.image_uuid == image_uuid and entry.path != here
+        entry.path for entry in before if entry.image_uuid == image.uuid and entry.path != here
     ]
     copies = [other for other in others if os.path.exists(other)]
     if copies and not replace:
@@ -256,7 +270,23 @@ def enter(keys: KeyService, path: Path, image_uuid: bytes, vm_id: str, *, replac
             path,
             f'this image is registered as "{copies[0]}", which is there too: one of them is a copy',
         )
-    keys.registry.add(path, image_uuid, vm_id, replace=replace)
+    # From here on an older copy of it is refused.
+    keys.ledger.note({image.uuid: freshness.progress_of(opened.progress)})
+    keys.registry.add(path, image.uuid, image.vm_id, replace=replace)
     # Crash here: registered under both paths; it opens here.
     for other in others:
         keys.registry.remove(Path(other))
+    for copy in copies:
+        warn(f'"{copy}", the same image, is not registered any more and will not open')
+    for entry in before:
+        if entry.path == here and entry.image_uuid != image.uuid:
+            warn(
+                f'image {entry.image_uuid.hex()} of VM "{entry.vm_id}" was registered as '
+                f'"{path}"; it will not open there any more'
+            )
+    return {
+        "path": here,
+        "vm_id": image.vm_id,
+        "image_uuid": image.uuid.hex(),
+        "no_longer_registered": others,
+    }

@@ -12,10 +12,11 @@ from sealfs.cli import sealed, survey
 from sealfs.cli.errors import ExitCode
 from sealfs.cli.images import enter
 from sealfs.cli.output import print_facts, print_json, print_table, printable
-from sealfs.cli.settings import Settings, common_options
+from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import FormatError, KeyNotFound, KeyRecordDamaged, RecoveryRefused, UsageError
 from sealfs.image.recovery import read_identity
 from sealfs.image.storage import FileStorage
+from sealfs.mount import freshness
 
 if TYPE_CHECKING:
     from sealfs.keys.reports import KeyInfo, SlotReport
@@ -147,17 +148,17 @@ def _record_of(keys: KeyService, vm: str) -> KeyInfo:
     raise KeyNotFound(vm, "this host has no key for it")
 
 
-@key_command.command("recover")
-@click.argument(
-    "images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path)
-)
+@key_command.command("recover", short_help="Make keys usable here again, by the recovery key.")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=PATH)
 @click.option(
     "--recovery-key-file",
     "key_file",
     metavar="FILE",
     help="Where the recovery key is; - is standard input. Without, it is asked for.",
 )
-@click.option("--replace", is_flag=True, help="Even if another image or path is registered.")
+@click.option(
+    "--replace", is_flag=True, help="Even if another image or path is registered; says what."
+)
 @common_options
 def recover_keys(
     settings: Settings, images: tuple[Path, ...], key_file: str | None, replace: bool
@@ -171,13 +172,17 @@ def recover_keys(
         sealed.find(settings.about(image))
     with settings.keys() as keys:
         recovery_key = _recovery_key(key_file)
-        for image in images:
+        recovered = [
             _recover(settings, keys, settings.about(image), recovery_key, replace)
+            for image in images
+        ]
+    if settings.json:
+        print_json(recovered)
 
 
 def _recover(
     settings: Settings, keys: KeyService, image: Path, recovery_key: str, replace: bool
-) -> None:
+) -> dict[str, object]:
     place = sealed.find(image)
     storage = FileStorage.open(place.sealed, read_only=True)
     try:
@@ -185,12 +190,14 @@ def _recover(
         with keys.recover(
             identity.vm_id, identity.kmi, identity.recovery_slots, recovery_key
         ) as vm_key:
-            opened = sealed.open_with(storage, identity, vm_key)
-        enter(keys, place.sealed, opened.identity.uuid, opened.identity.vm_id, replace=replace)
+            known = freshness.newcomer(place.sealed, identity.uuid, keys.ledger)
+            opened = sealed.open_with(storage, identity, vm_key, known)
+        entered = enter(keys, place.sealed, opened, replace=replace)
     finally:
         storage.close()
-    if settings.verbose:
+    if settings.verbose and not settings.json:
         print(f"{printable(str(image))}: recovered, VM {printable(identity.vm_id)}")
+    return entered
 
 
 def _recovery_key(key_file: str | None) -> str:

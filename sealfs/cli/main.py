@@ -17,6 +17,7 @@ import click
 import sealfs
 from sealfs.cli import interrupts
 from sealfs.cli.errors import report
+from sealfs.cli.output import has_answered, print_json
 from sealfs.cli.settings import Settings, common_options, initial_settings
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -24,14 +25,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "create": ("create", "Make a new, empty sealed image."),
     "import": ("create", "Seal an existing disk."),
     "export": ("export", "Write a sealed image out as a plain disk."),
+    "resize": ("resize", "Make a disk larger or smaller, also one in use."),
     "mount": ("mount", "Serve a directory of sealed images as plain files."),
     "umount": ("mount", "Unmount; returns when the images are clean."),
     "list": ("images", "List sealed images."),
     "info": ("images", "Tell what is known of one image."),
     "check": ("images", "Verify an image; names each bad block."),
     "register": ("images", "Accept an image under its present path."),
+    "accept-rollback": ("rollback", "Accept an older image, or an older state directory."),
     "key": ("keys", "Look at keys, try them, recover them."),
-    "doctor": ("host", "Say what this host can do, and what to mend."),
+    "doctor": ("doctor", "Say what this host can do, and what to mend."),
 }
 """Command -> (module of this package, its line in `--help`)."""
 
@@ -46,7 +49,7 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"sealfs.cli.{COMMANDS[cmd_name][0]}")
-        found = getattr(module, f"{cmd_name}_command")
+        found = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         assert isinstance(found, click.Command)
         return found
 
@@ -69,6 +72,7 @@ def program(settings: Settings) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     settings = initial_settings()
+    settings.situation.arguments = tuple(arguments)
     interrupts.install()
     try:
         result = program.main(
@@ -77,6 +81,8 @@ def run(arguments: Sequence[str]) -> int:
             standalone_mode=False,
             obj=settings,
         )
+        if settings.json and not has_answered():
+            print_json({})
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:

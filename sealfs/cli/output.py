@@ -4,38 +4,79 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 Advance = Callable[[int], None]
 
-PLAIN_WIDTH = 10_000
-"""Columns where the output is no terminal: nothing is wrapped or cut."""
+GAP = "   "
+"""Between two columns."""
+INDENT = "    "
+
+
+class _State:
+    has_answered = False
+
+
+_state = _State()
 
 
 def print_json(document: object) -> None:
-    """Print one JSON document."""
+    """Print the one JSON document of this run."""
+    _state.has_answered = True
     print(json.dumps(document, indent=2, ensure_ascii=True))
+
+
+def has_answered() -> bool:
+    """Whether this run printed its JSON document."""
+    return _state.has_answered
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; nothing at all where there are no rows."""
-    if not rows:
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    is_terminal = sys.stdout and sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if is_terminal else None
+    for line in table_lines(heads, rows, width):
+        print(line)
 
-    console = Console() if sys.stdout and sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    with console.capture() as capture:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+def table_lines(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], width: int | None
+) -> list[str]:
+    """Return the lines of a table of at most `width` columns, of any width without.
+
+    Where that is too narrow each row becomes a paragraph: its first cell, then the others, each
+    with its head. A path or a VM id is never broken.
+    """
+    if not rows:
+        return []
+    from rich.cells import cell_len
+
+    shown = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(cell_len(line[i]) for line in (heads, *shown)) for i in range(len(heads))]
+    if width is None or sum(widths) + len(GAP) * (len(heads) - 1) <= width:
+        return [
+            GAP.join(
+                cell + " " * (room - cell_len(cell))
+                for cell, room in zip(line, widths, strict=True)
+            ).rstrip()
+            for line in (heads, *shown)
+        ]
+    lines = []
+    for first, *rest in shown:
+        if first:  # else the row goes on with the one above
+            lines.append(first)
+        pairs = [f"{head} {cell}" for head, cell in zip(heads[1:], rest, strict=True) if cell]
+        line = INDENT
+        for pair in pairs:
+            if line != INDENT and cell_len(line) + len(pair) > width:
+                lines.append(line.rstrip())
+                line = INDENT
+            line += pair + GAP
+        lines.append(line.rstrip())
+    return lines
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:

@@ -40,7 +40,8 @@ def _resize(settings: Settings, path: Path, size: int, *, may_shrink: bool) -> N
     from sealfs.mount.opener import Opener, wipe
 
     with settings.keys() as keys:
-        opened = Opener(keys, sealed.new_cache(), read_only=False).open(path)
+        opener = Opener(keys, sealed.new_cache(), read_only=False)
+        opened = opener.open(path)
         try:
             disk = opened.image
             if size < disk.size and not may_shrink:
@@ -48,6 +49,7 @@ def _resize(settings: Settings, path: Path, size: int, *, may_shrink: bool) -> N
             if size != disk.size:
                 disk.resize(size)
             disk.close()
+            opener.note({disk.uuid: disk.progress})
         finally:
             # Killed before: the old size or the new one, the other bytes as they were.
             opened.image.abandon()

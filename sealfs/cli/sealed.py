@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sealfs.cli.settings import Settings
-from sealfs.errors import Busy, ForeignImage, FormatError, KeyNotFound, NotFound, UsageError
+from sealfs.errors import Busy, FormatError, KeyNotFound, NotFound, UsageError
 from sealfs.image.cache import BlockCache
-from sealfs.image.format import SUPERBLOCK_SIZE, Identity
+from sealfs.image.format import MAGICS, SUPERBLOCK_SIZE, Identity
 from sealfs.image.image import SealedImage
-from sealfs.image.recovery import read_identity
+from sealfs.image.recovery import Witness, read_identity
 from sealfs.image.storage import FileStorage
 from sealfs.keys.vmkey import VmKey, wipe
+from sealfs.mount import freshness
 
 if TYPE_CHECKING:
     from sealfs.keys.service import KeyService
@@ -79,6 +80,20 @@ def is_in_use(path: Path) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a file begins as a sealed image does; one that cannot be read does not."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return os.pread(fd, len(MAGICS["superblock"]), 0) == MAGICS["superblock"]
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
 def peek_storage(path: Path) -> FileStorage:
     """Open a file for looking only: no lock, so that nobody is kept from using the image."""
     return FileStorage(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path))
@@ -91,6 +106,7 @@ def opened(settings: Settings, place: Place, keys: KeyService) -> Iterator[Seale
     Raises:
         Busy: a mount or another command has it.
         ForeignImage: not the image registered under this path.
+        RolledBack: it is older than this host knows it.
         SealfsError: whatever the key service or the image finds.
     """
     storage = _locked(settings, place)
@@ -98,8 +114,9 @@ def opened(settings: Settings, place: Place, keys: KeyService) -> Iterator[Seale
         stack.callback(storage.close)
         identity = read_identity(storage)
         check_registered(place.sealed, identity, keys)
+        known = freshness.witness(place.sealed, identity.uuid, keys.ledger)
         with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
-            image = open_with(storage, identity, vm_key)
+            image = open_with(storage, identity, vm_key, known)
         stack.pop_all()
     try:
         yield image
@@ -107,8 +124,13 @@ def opened(settings: Settings, place: Place, keys: KeyService) -> Iterator[Seale
         image.abandon()
 
 
-def open_with(storage: FileStorage, identity: Identity, vm_key: VmKey) -> SealedImage:
-    """Verify and open an image for reading; on failure the storage stays the caller's."""
+def open_with(
+    storage: FileStorage, identity: Identity, vm_key: VmKey, witness: Witness | None
+) -> SealedImage:
+    """Verify and open an image for reading; on failure the storage stays the caller's.
+
+    `witness` says whether it is as new as this host knows it; None where that is not the question.
+    """
     for generation, wrapped in identity.wrapped_keys:
         if generation == identity.key_generation:
             key = vm_key.unwrap_image_key(identity.uuid, wrapped)
@@ -118,7 +140,9 @@ def open_with(storage: FileStorage, identity: Identity, vm_key: VmKey) -> Sealed
             storage.path, f"identity has no image key of generation {identity.key_generation}"
         )
     try:
-        return SealedImage.open(storage, image_key=key, cache=new_cache(), read_only=True)
+        return SealedImage.open(
+            storage, image_key=key, cache=new_cache(), read_only=True, witness=witness
+        )
     finally:
         wipe(key)
 
@@ -135,22 +159,9 @@ def check_registered(path: Path, identity: Identity, keys: KeyService) -> None:
         ForeignImage: with the innocent and the hostile reason.
         KeyNotFound: this host knows neither the image nor its VM.
     """
-    entry = keys.registry.lookup(path)
-    if entry is None and not keys.has(identity.kmi):
+    if keys.registry.lookup(path) is None and not keys.has(identity.kmi):
         raise KeyNotFound(identity.vm_id, "this host has no key for it")
-    if entry is None:
-        raise ForeignImage(
-            path,
-            f'this image of VM "{identity.vm_id}" is not registered under this path: it was moved '
-            "or copied outside sealfs, or comes from another host",
-        )
-    if (entry.image_uuid, entry.vm_id) != (identity.uuid, identity.vm_id):
-        raise ForeignImage(
-            path,
-            f'image {identity.uuid.hex()} of VM "{identity.vm_id}" stands where '
-            f'{entry.image_uuid.hex()} of VM "{entry.vm_id}" is registered: moved outside sealfs, '
-            "or exchanged by somebody",
-        )
+    keys.registry.check(path, identity.uuid, identity.vm_id)
 
 
 def _locked(settings: Settings, place: Place) -> FileStorage:
@@ -170,7 +181,7 @@ def _locked(settings: Settings, place: Place) -> FileStorage:
 
 def _mount_of(path: Path) -> RunningMount | None:
     try:
-        is_any = " fuse.sealfs " in _MOUNTINFO.read_text()
+        is_any = b" fuse.sealfs " in _MOUNTINFO.read_bytes()  # paths may hold any byte
     except OSError:
         is_any = True
     if not is_any:

@@ -26,10 +26,12 @@ from sealfs.image.format import Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import geometry_for
 from sealfs.image.storage import FileStorage
+from sealfs.keys.ledger import Progress
 from sealfs.keys.service import KmiKind
 from sealfs.keys.statedir import StateDir
 from sealfs.keys.vmkey import IMAGE_KEY_SIZE, VmKey, wipe
 from sealfs.keys.wire import check_identifier
+from sealfs.mount.freshness import NEWBORN, progress_of
 
 if TYPE_CHECKING:
     from sealfs.keys.service import KeyService
@@ -78,18 +80,20 @@ def make(keys: KeyService, state: Path, wanted: NewImage, fill: Fill | None) -> 
                 wrapped_keys=((1, vm_key.wrap_image_key(image_uuid, image_key)),),
                 recovery_slots=vm_key.recovery_slots,
             )
-            _write(newborn, identity, image_key, wanted.size, fill)
+            progress = _write(newborn, identity, image_key, wanted.size, fill)
         finally:
             wipe(image_key)
         with shielded():
+            keys.ledger.accept(image_uuid, progress)
+            # Crash here: a line in the ledger that concerns no image.
             _register_and_name(keys, newborn, identity)
     return vm_id, image_uuid
 
 
 def _write(
     newborn: Newborn, identity: Identity, image_key: bytearray, size: int, fill: Fill | None
-) -> None:
-    """Write the whole image; durable on return."""
+) -> Progress:
+    """Write the whole image; durable on return. Return how far it has come."""
     storage = FileStorage.open(newborn.temporary)
     storage.path = str(newborn.path)  # the user has never heard of the temporary name
     try:
@@ -101,7 +105,7 @@ def _write(
             geometry=geometry_for(size),
         )
         if fill is None:
-            return
+            return NEWBORN
         image = SealedImage.open(storage, image_key=image_key, cache=new_cache())
         try:
             fill(image)
@@ -109,6 +113,7 @@ def _write(
         except BaseException:
             image.abandon()
             raise
+        return progress_of(image.progress)
     finally:
         storage.close()
 

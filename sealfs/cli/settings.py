@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,14 +18,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from sealfs.cli.errors import Situation
+from sealfs.cli.errors import STATE_DEFAULT, Situation
 
 if TYPE_CHECKING:
     from sealfs.keys.service import KeyService
 
-STATE_DEFAULT = Path("/var/lib/sealfs")
 STATE_VARIABLE = "SEALFS_STATE"
 TPM_VARIABLE = "SEALFS_TPM"
+
+PATH = click.Path(path_type=Path, readable=False)
+"""A path argument: whether it can be read is found out where it is read."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,7 +44,8 @@ class Settings:
 
     @contextmanager
     def keys(self) -> Iterator[KeyService]:
-        """Open the key service for a while."""
+        """Open the key service for a while; no core dump of this process will hold its keys."""
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         from sealfs.keys.service import KeyService  # slow to load; help and usage need none
 
         with KeyService.open(self.state, tpm=self.tpm) as keys:
@@ -67,11 +71,14 @@ def common_options(command: F) -> F:
     """Add the common options to a command, which gets them as its first argument, `settings`."""
 
     @click.option(
-        "--state", type=click.Path(path_type=Path), metavar="DIR", help="State directory."
+        "--state",
+        type=PATH,
+        metavar="DIR",
+        help="State directory; else $SEALFS_STATE, else /var/lib/sealfs.",
     )
     @click.option("--tpm", metavar="SPEC", help="The TPM, where it is not the one of init.")
     @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-    @click.option("-v", "--verbose", count=True, help="Say more; twice for debugging.")
+    @click.option("-v", "--verbose", count=True, help="Say more; -vv for debugging.")
     @functools.wraps(command)
     def wrapper(
         state: Path | None, tpm: str | None, as_json: bool, verbose: int, **arguments: Any
@@ -86,6 +93,10 @@ def common_options(command: F) -> F:
         situation = settings.situation
         situation.command = context.command_path.partition(" ")[2]
         situation.state, situation.verbose = settings.state, settings.verbose
+        situation.json = settings.json
+        for option, given in (("--state", state), ("--tpm", tpm)):
+            if given is not None:
+                situation.options += (option, str(given))
         _set_up_log(settings.verbose)
         return command(settings, **arguments)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from sealfs.errors import (
     FormatError,
     IntegrityError,
     KeyServiceError,
+    RolledBack,
     SealfsError,
     StorageFailed,
 )
@@ -26,6 +28,7 @@ from sealfs.image.format import Identity, Superblock
 from sealfs.image.layout import Geometry, block_count_of
 from sealfs.image.recovery import peek, read_identity
 from sealfs.keys.reports import KeyInfo, recipient_text
+from sealfs.mount import freshness
 
 if TYPE_CHECKING:
     from sealfs.keys.registry import RegistryEntry
@@ -57,6 +60,7 @@ class Facts:
     recovery_keys: list[str] = field(default_factory=list)
     unverified: list[str] = field(default_factory=lambda: list(OWN_WORDS))
     unverified_because: str | None = None
+    hint: str | None = None
     problem: str | None = None
     key: dict[str, object] | None = None
     live: dict[str, Any] | None = None
@@ -92,6 +96,7 @@ def look(place: Place, registry: Registered | None) -> Facts:
         with_storage = sealed.peek_storage(place.sealed)
         try:
             superblock, identity = peek(with_storage), read_identity(with_storage)
+            length = with_storage.size()
         finally:
             with_storage.close()
         in_use = sealed.is_in_use(place.sealed)
@@ -103,6 +108,10 @@ def look(place: Place, registry: Registered | None) -> Facts:
         return facts
     _take(facts, superblock, identity)
     facts.state = "in use" if in_use else "clean" if superblock.clean else "needs recovery"
+    wanted = superblock.geometry.slot_offset(superblock.root_slot + 1)
+    if length < wanted and not in_use:
+        # What else is cut off only its tree tells: `info` and `check` look there.
+        facts.state, facts.problem = "damaged", f"is cut off: {length} bytes of {wanted} or more"
     facts.shown_as = str(place.shown) if place.shown is not None else None
     if registry is not None:
         entry = registry.get(os.path.realpath(place.sealed))
@@ -139,13 +148,18 @@ def verify(facts: Facts, place: Place, keys: KeyService) -> SealfsError | None:
         storage = sealed.peek_storage(place.sealed)
         try:
             identity = read_identity(storage)
+            known = freshness.newcomer(place.sealed, identity.uuid, keys.ledger)
             with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
-                image = sealed.open_with(storage, identity, vm_key)
+                image = sealed.open_with(storage, identity, vm_key, known)
             _take_identity(facts, image.identity)
             facts.size = image.size
             image.abandon()
         finally:
             storage.close()
+    except RolledBack as error:
+        facts.state = "rolled back"
+        facts.unverified_because = error.detail
+        return error
     except (KeyServiceError, OSError) as error:
         facts.unverified_because = str(error)
         return None
@@ -233,3 +247,29 @@ def sealed_files(directory: Path) -> list[Path]:
         for name in names
         if name.endswith(sealed.SUFFIX) and not name.startswith(".")
     )
+
+
+def unshown_files(directory: Path, limit: int) -> tuple[list[str], list[str]]:
+    """Return up to `limit` files below a directory that a mount of it does not show.
+
+    Returns:
+        Those in clear, and those that are sealed but not named *.sealed.
+    """
+    plain: list[str] = []
+    unnamed: list[str] = []
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            path = Path(parent, name)
+            if name.endswith(sealed.SUFFIX) or not _is_regular(path):
+                continue
+            (unnamed if sealed.is_sealed(path) else plain).append(str(path.relative_to(directory)))
+            if len(plain) + len(unnamed) >= limit:
+                return plain, unnamed
+    return plain, unnamed
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False

@@ -143,7 +143,8 @@ class FileStorage:
             raise NotFound(path, "is a directory, not a sealed image") from None
         except OSError as exc:
             if exc.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise ReadOnly(path, f"cannot be opened for writing: {exc.strerror}") from exc
+                how = "reading" if read_only else "writing"
+                raise ReadOnly(path, f"cannot be opened for {how}: {exc.strerror}") from exc
             raise StorageFailed(path, f"open failed: {exc.strerror}") from exc
         return cls._locked(fd, str(path), fcntl.F_RDLCK if read_only else fcntl.F_WRLCK)
 

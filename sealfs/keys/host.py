@@ -114,6 +114,18 @@ class Host:
         finally:
             wipe(mac_key)
 
+    @contextlib.contextmanager
+    def nv_authorisation(self) -> Iterator[bytearray]:
+        """Lend what the NV counter asks for; within a use of the TPM."""
+        with self._secret_lock:
+            if self._secret is None:
+                raise AssertionError("the host secret is unsealed by a use of the TPM")
+            auth = self._secret[SECRET_SIZE:]
+        try:
+            yield auth
+        finally:
+            wipe(auth)
+
     def _unseal_secret(self, tpm: Tpm) -> None:
         with self._secret_lock:
             if self._secret is not None:
@@ -130,6 +142,23 @@ class Host:
                 wipe(secret)
                 raise
             self._secret = secret
+
+
+class HostCounter:
+    """The host's NV counter, opened for one use each: durable when that has ended."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def read(self, held: HeldLock) -> int:
+        """Return the value (TPM2_NV_Read)."""
+        with self._host.tpm_under(held) as tpm, self._host.nv_authorisation() as auth:
+            return tpm.counter_value(self._host.record.nv_index, auth)
+
+    def increment(self, held: HeldLock) -> None:
+        """Add one (TPM2_NV_Increment)."""
+        with self._host.tpm_under(held) as tpm, self._host.nv_authorisation() as auth:
+            tpm.counter_increment(self._host.record.nv_index, auth)
 
 
 def verify_host_record(record: HostRecord, secret: bytearray, subject: str) -> None:

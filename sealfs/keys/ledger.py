@@ -220,19 +220,24 @@ class Ledger:
             if images != found.images:
                 self._rewrite(replace(found, images=images), mac_key, held)
 
-    def rebase(self) -> None:
+    def rebase(self) -> bool:
         """Take the ledger as it is for the newest, whatever the counter says; durable.
 
         The audited way on after a state directory was restored from a backup: from now on the
-        images are compared with what this older ledger knows.
+        images are compared with what this older ledger knows. In place of one that is gone,
+        damaged or another host's stands an empty one, to which each image is to be made known.
 
-        Raises:
-            KeyRecordDamaged: it is not this host's, or was edited.
+        Returns:
+            Whether what the ledger knew was kept.
         """
         with self._used() as (mac_key, held):
-            found = self._read(mac_key)
+            try:
+                found, is_kept = self._read(mac_key), True
+            except (KeyRecordDamaged, FormatError):
+                found, is_kept = LedgerFile(self._host_id, 0, {}, 0, b""), False
             self._rewrite(replace(found, value=self._counter.read(held)), mac_key, held)
         self._bump()
+        return is_kept
 
     def _bump(self) -> None:
         with self._used() as (mac_key, held):

@@ -24,7 +24,7 @@ from sealfs.errors import (
     TpmUnavailable,
     UsageError,
 )
-from sealfs.keys import labels, recovery
+from sealfs.keys import labels, ledger, recovery
 from sealfs.keys.access import AUTO, EMBEDDED, access_of
 from sealfs.keys.host import Host, mixed_random, verify_host_record
 from sealfs.keys.hostrecord import (
@@ -43,6 +43,7 @@ from sealfs.keys.reports import InitReport, init_report
 from sealfs.keys.statedir import (
     HOST_FILE,
     HOST_PENDING_FILE,
+    LEDGER_FILE,
     REGISTRY_FILE,
     HeldLock,
     StateDir,
@@ -173,6 +174,9 @@ def _make_host(
             raise TpmUnavailable(spec, f"none of {NV_TRIES} NV indexes drawn was free")
         with derived(mac_key, info=labels.REGISTRY_MAC_INFO, salt=host_id) as subkey:
             state.write(REGISTRY_FILE, RegistryFile(host_id, ()).with_mac(subkey).encode(), held)
+        value = tpm.counter_value(nv_index, nv_auth)
+        with derived(mac_key, info=labels.LEDGER_MAC_INFO, salt=host_id) as subkey:
+            state.write(LEDGER_FILE, ledger.empty(host_id, value, subkey), held)
     finally:
         for buffer in (secret, mac_key, nv_auth, payload):
             wipe(buffer)
@@ -196,6 +200,7 @@ def _discard_pending(state: StateDir, held: HeldLock, tpm: Tpm) -> None:
             tpm.counter_remove(record.nv_index)
     except (FormatError, KeyServiceError):
         pass  # It proves nothing, so nothing may be undone on its word.
+    state.remove(LEDGER_FILE, held)
     state.remove(REGISTRY_FILE, held)
     # Crash here: the pending record still marks the registry's absence as ours.
     state.remove(HOST_PENDING_FILE, held)

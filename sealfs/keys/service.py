@@ -29,10 +29,12 @@ from sealfs.errors import (
     TpmUnavailable,
 )
 from sealfs.keys import policy, provision, records, recovery, reports, wire
-from sealfs.keys.host import Host, mixed_random
+from sealfs.keys.host import Host, HostCounter, mixed_random
+from sealfs.keys.ledger import Ledger
 from sealfs.keys.records import KeyRecord, Origin, TpmSlot
 from sealfs.keys.registry import Registry
 from sealfs.keys.reports import InitReport, KeyInfo, SlotReport
+from sealfs.keys.statedir import LEDGER_FILE
 from sealfs.keys.vault import Vault
 from sealfs.keys.vmkey import VmKey
 
@@ -54,6 +56,13 @@ class KeyService:
         self._state = host.state
         self._vault = Vault(host)
         self.registry = Registry(host.state, host.record.host_id, host.subkey)
+        self.ledger = Ledger(
+            host.state,
+            host.record.host_id,
+            counter=HostCounter(host),
+            subkey=host.subkey,
+            subject=str(host.state.path / LEDGER_FILE),
+        )
 
     @staticmethod
     def initialise(

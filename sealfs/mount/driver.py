@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -33,10 +33,13 @@ from sealfs.mount.workers import Workers
 
 if TYPE_CHECKING:
     from sealfs.image.cache import BlockCache
+    from sealfs.image.format import Anchor
     from sealfs.image.image import SealedImage
 
 LOCK_WAIT = 5.0  # seconds for another process to let go of an image
 LOCK_RETRY = 0.05  # seconds between two tries
+NOTE_INTERVAL = 1.0  # seconds that an attacker with the images alone can turn back
+BUMP_INTERVAL = 1200.0  # seconds that one with the host's disk too can; TPM counters wear out
 COMMIT_INTERVAL = 5.0  # seconds after the oldest unflushed write
 IDLE_CLOSE = 60.0  # seconds after the last close
 QUIET_CHECKPOINT = 10.0  # seconds without a flush after which the journal is emptied
@@ -65,10 +68,16 @@ class Opened(NamedTuple):
 
 
 class ImageOpener(Protocol):
-    """Turns the path of a sealed file into an open image; blocking, called in worker threads."""
+    """Opens sealed files, and remembers them; blocking, called in worker threads."""
 
     def open(self, path: Path) -> Opened:
         """Return the open image, its VM id and key; see opener.py for what it raises."""
+
+    def note(self, images: Mapping[bytes, Anchor]) -> None:
+        """Have the host remember how far images have come, by uuid; durable on return."""
+
+    def bump(self) -> None:
+        """Have the host bind what it remembers to its TPM; durable on return."""
 
 
 class _Flush:
@@ -82,7 +91,14 @@ class _Flush:
 class Disk:
     """One sealed image in use. `image` is set as long as `handles` is above zero."""
 
-    def __init__(self, key: FileKey, path: Path, workers: Workers) -> None:
+    def __init__(
+        self,
+        key: FileKey,
+        path: Path,
+        workers: Workers,
+        on_durable: Callable[[Disk], Awaitable[None]] | None = None,
+        on_closing: Callable[[Disk], Awaitable[None]] | None = None,
+    ) -> None:
         self.key = key
         self.path = path
         self.vm_id = ""
@@ -94,7 +110,11 @@ class Disk:
         self.is_unlinked = False  # the file has no name any more: nothing of it need be kept
         self.fd = -1
         self.committed_at = 0.0  # time.monotonic() of the last commit
+        self.noted: Anchor | None = None  # what the host remembers of it since this open
+        self.noting: Anchor | None = None  # what it is about to remember
         self._workers = workers
+        self._on_durable = on_durable
+        self._on_closing = on_closing
         self._image_key = bytearray()
         self._next_flush: _Flush | None = None
 
@@ -143,12 +163,19 @@ class Disk:
                         # Closed meanwhile: the close has flushed it.
                         if self.image is not None:
                             await self._workers.drive(self.image.flush_steps())
+                            await self._durable()
                     except Exception as exc:
                         flush.error = exc
                     self.committed_at = time.monotonic()
                     flush.done.set()
         if flush.error is not None:
             raise flush.error
+
+    async def _durable(self) -> None:
+        """Something is durable; before that is said, the host may want to remember it."""
+        self.committed_at = time.monotonic()
+        if self._on_durable is not None:
+            await self._on_durable(self)
 
     def is_settled(self) -> bool:
         """Whether a flush has nothing to do and nothing to report."""
@@ -167,21 +194,21 @@ class Disk:
             size = min(size, self.size - offset)
             if size > 0:
                 await self._workers.drive(self.opened.discard_steps(offset, size))
-            self.committed_at = time.monotonic()
+                await self._durable()
 
     async def resize(self, size: int) -> None:
         """Set the size; durable on return."""
         async with self.exclusive:
             if size != self.size:
                 await self._workers.drive(self.opened.resize_steps(size))
-                self.committed_at = time.monotonic()
+                await self._durable()
 
     async def extend(self, size: int) -> None:
         """Make the file at least `size` bytes long."""
         async with self.exclusive:
             if size > self.size:
                 await self._workers.drive(self.opened.resize_steps(size))
-                self.committed_at = time.monotonic()
+                await self._durable()
 
     async def preallocate(self, offset: int, size: int) -> None:
         """Reserve space for a range, as far as it lies within the file."""
@@ -214,6 +241,7 @@ class Disk:
                     await trio.sleep(LOCK_RETRY)
                 else:
                     self.image, self.vm_id, self._image_key, self.fd = opened
+                    self.noted = self.noting = None
                     self.is_unlinked = False
 
     async def close(self) -> None:
@@ -239,6 +267,9 @@ class Disk:
                 await self._workers.run(image.abandon)
             else:
                 try:
+                    await self._workers.drive(image.flush_steps())
+                    if self._on_closing is not None:
+                        await self._on_closing(self)
                     await self._workers.drive(image.close_steps())
                 except Exception:
                     await self._workers.run(image.abandon)
@@ -263,6 +294,8 @@ class Disks:
         commit_interval: float = COMMIT_INTERVAL,
         idle_close: float = IDLE_CLOSE,
         lock_wait: float = LOCK_WAIT,
+        note_each_flush: bool = False,
+        bump_interval: float = BUMP_INTERVAL,
     ) -> None:
         self.workers = workers
         self.cache = cache
@@ -271,6 +304,11 @@ class Disks:
         self._commit_interval = commit_interval
         self._idle_close = idle_close
         self._lock_wait = lock_wait
+        self._on_durable = self._note_now if note_each_flush else None
+        self._bump_interval = bump_interval
+        self._bumped_at = time.monotonic()
+        self._has_noted = False  # since the last bump
+        self._noting = trio.Lock()
         self._disks: dict[FileKey, Disk] = {}
         self._dirty_half = cache.dirty_max // 2
         self._relieving = False
@@ -296,7 +334,9 @@ class Disks:
         """
         disk = self._disks.get(key)
         if disk is None:
-            disk = self._disks[key] = Disk(key, path, self.workers)
+            disk = self._disks[key] = Disk(
+                key, path, self.workers, self._on_durable, self._note_at_close
+            )
         disk.handles += 1
         try:
             if disk.image is None or disk.is_closing:
@@ -363,6 +403,7 @@ class Disks:
         tick = max(0.02, min(1.0, self._commit_interval / 5, self._idle_close / 5))
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            nursery.start_soon(self._remember)
             task_status.started()
             try:
                 while True:
@@ -382,7 +423,65 @@ class Disks:
                 self._report(disk, exc)
                 failed[str(disk.path)] = str(exc)
         self._disks.clear()
+        await self._bump()
         return failed
+
+    async def note(self, disks: list[Disk]) -> None:
+        """Have the host remember how far these disks have come; durable on return.
+
+        Raises:
+            SealfsError: it could not; what it may or may not remember now is tried again.
+        """
+        async with self._noting:
+            news: dict[Disk, SealedImage] = {}
+            for disk in disks:
+                image = disk.image
+                if image is None or image.read_only or disk.is_unlinked:
+                    continue
+                if disk.noting is None and image.progress != disk.noted:
+                    disk.noting = image.progress
+                    image.remembering(disk.noting)
+                if disk.noting is not None:
+                    news[disk] = image
+            if not news:
+                return
+            states = {image.uuid: disk.noting for disk, image in news.items() if disk.noting}
+            await self.workers.run(partial(self._opener.note, states))
+            self._has_noted = True
+            for disk, image in news.items():
+                if disk.image is image and disk.noting is not None:
+                    image.remembered(disk.noting)
+                    disk.noted, disk.noting = disk.noting, None
+
+    async def _note_now(self, disk: Disk) -> None:
+        """Note the state of this moment, also when an older one is still waiting to be."""
+        state = disk.opened.progress
+        while disk.noted != state and not (disk.opened.read_only or disk.is_unlinked):
+            await self.note([disk])
+
+    async def _note_at_close(self, disk: Disk) -> None:
+        await self._unharmed(partial(self._note_now, disk))
+
+    async def _remember(self) -> None:
+        """Note all disks each second, and bump now and then, until cancelled."""
+        while True:
+            await trio.sleep(NOTE_INTERVAL)
+            await self._unharmed(partial(self.note, self.all()))
+            if time.monotonic() - self._bumped_at >= self._bump_interval:
+                await self._bump()
+
+    async def _bump(self) -> None:
+        if self._has_noted:
+            self._bumped_at = time.monotonic()
+            self._has_noted = False
+            await self._unharmed(partial(self.workers.run, self._opener.bump))
+
+    async def _unharmed(self, action: Callable[[], Awaitable[None]]) -> None:
+        """Await what no disk depends on: its failure is logged, and everything goes on."""
+        try:
+            await action()
+        except Exception as exc:
+            self.failures.errno_of(exc, image="the host's ledger")
 
     async def _care(self, disk: Disk) -> None:
         image, now = disk.image, time.monotonic()

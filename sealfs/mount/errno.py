@@ -1,7 +1,7 @@
 """The one table from what sealfs raises to what a caller of a system call sees.
 
 Knows the classes of `sealfs.errors` and nothing of where they come from. The lane and the
-namespace both answer through it.
+namespace both answer through it. README's table of errors is made from it (`tools/error-table`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 
 from sealfs import errors
 
-_TABLE: tuple[tuple[type[errors.SealfsError], int], ...] = (
+TABLE: tuple[tuple[type[errors.SealfsError], int], ...] = (
     (errors.IntegrityError, errno.EIO),
     (errors.FormatError, errno.EIO),
     (errors.StorageFailed, errno.EIO),
@@ -24,11 +24,12 @@ _TABLE: tuple[tuple[type[errors.SealfsError], int], ...] = (
     (errors.AlreadyExists, errno.EEXIST),
     (errors.UsageError, errno.EINVAL),
 )
+"""First match wins."""
 
 
 def errno_of(exc: BaseException) -> int:
     """Return the errno for an exception; whatever is not in the table is EIO."""
-    for kind, code in _TABLE:
+    for kind, code in TABLE:
         if isinstance(exc, kind):
             return code
     if isinstance(exc, OSError) and exc.errno is not None:

@@ -4,9 +4,9 @@ The one place of the mount that meets both the image room and the key service. A
 under the path it is registered for: an authentic image that was put in another's place is refused.
 
 Order of steps on disk (a crash between any two leaves something that opens):
-create: key record durable, image complete under a temporary name, registry entry, final name.
+create: key record durable, image complete under a temporary name, ledger, registry, final name.
 Move: entries of both paths durable, rename(2), old entries removed.
-Remove: the file, then its entry.
+Remove: the file, then its entry, then its line in the ledger.
 
 Concurrency: everything blocks and is called in worker threads, several at once. `_lock` is held
 while a file is made, moved or removed, so that what was found in the registry still holds when it
@@ -22,19 +22,20 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from sealfs.errors import AlreadyExists, FormatError, SealfsError
-from sealfs.image.format import Identity
+from sealfs.image.format import Anchor, Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import geometry_for
 from sealfs.image.recovery import peek, read_identity
 from sealfs.image.storage import FileStorage
 from sealfs.mount import names
 from sealfs.mount.driver import Opened
+from sealfs.mount.freshness import NEWBORN, Ledger, progress_of, witness
 from sealfs.mount.names import SUFFIX, Ownership, sync_directory
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Registry(Protocol):
     """Which image belongs under which canonical path of this host."""
 
     def entries(self) -> Sequence[RegistryEntry]: ...
+    def lookup(self, path: Path) -> RegistryEntry | None: ...
     def check(self, path: Path, image_uuid: bytes, vm_id: str) -> None: ...
     def add(self, path: Path, image_uuid: bytes, vm_id: str, *, replace: bool = False) -> None: ...
     def remove(self, path: Path) -> None: ...
@@ -97,6 +99,8 @@ class Keys(Protocol):
 
     @property
     def registry(self) -> Registry: ...
+    @property
+    def ledger(self) -> Ledger: ...
     def unseal(self, kmi: str, vm_id: str) -> VmKey: ...
     def ensure(self, vm_id: str) -> VmKey: ...
     def random(self, size: int) -> bytes: ...
@@ -126,7 +130,8 @@ class Opener:
             Busy: another process has the image.
             ForeignImage: not the image that is registered under this path.
             KeyServiceError: the key is missing, revoked or refused.
-            FormatError, IntegrityError, RolledBack, StorageFailed: the image itself.
+            RolledBack: the image is older than the host knows it, or the host's ledger is.
+            FormatError, IntegrityError, StorageFailed: the image itself.
         """
         storage = FileStorage.open(path, read_only=self._read_only)
         try:
@@ -135,8 +140,14 @@ class Opener:
             self._keys.registry.check(path, identity.uuid, identity.vm_id)
             key = self._image_key(path, identity)
             try:
+                if not self._read_only:
+                    self._keys.ledger.begin()
                 image = SealedImage.open(
-                    storage, image_key=key, cache=self._cache, read_only=self._read_only
+                    storage,
+                    image_key=key,
+                    cache=self._cache,
+                    read_only=self._read_only,
+                    witness=witness(path, identity.uuid, self._keys.ledger),
                 )
             except BaseException:
                 wipe(key)
@@ -145,6 +156,22 @@ class Opener:
             storage.close()
             raise
         return Opened(image, identity.vm_id, key, storage.fileno())
+
+    def note(self, images: Mapping[bytes, Anchor]) -> None:
+        """Note in the host's ledger how far images have come, by uuid; durable on return.
+
+        Raises:
+            KeyServiceError, StorageFailed, NoSpace: it could not be written.
+        """
+        self._keys.ledger.note({uuid: progress_of(state) for uuid, state in images.items()})
+
+    def bump(self) -> None:
+        """Bind what was noted to the TPM's counter; durable on return.
+
+        Raises:
+            KeyServiceError: the TPM does not answer, or the ledger is not what it was.
+        """
+        self._keys.ledger.bump()
 
     def size_of(self, path: Path, status: os.stat_result) -> int:
         """Return the size of the plain file, from the unverified superblock.
@@ -208,6 +235,8 @@ class Opener:
                 )
             try:
                 self._create_at(temporary, identity, key, owner)
+                self._keys.ledger.accept(image_uuid, NEWBORN)
+                # Crash here: a line in the ledger that concerns no image.
                 self._keys.registry.add(path, image_uuid, vm_id, replace=True)
                 # Crash here: an entry without a file; the next create replaces it.
                 os.link(temporary, path)  # unlike rename, never replaces another's file
@@ -221,10 +250,12 @@ class Opener:
     def remove(self, path: Path) -> None:
         """Remove a sealed file and its registry entry; the VM's key stays."""
         with self._lock:
+            gone = self._keys.registry.lookup(path)
             path.unlink()
             sync_directory(path.parent)
             # Crash here: an entry without a file, which the next create replaces.
             self._keys.registry.remove(path)
+            self._forget(gone)
 
     def move(self, old: Path, new: Path) -> None:
         """Rename a sealed file, or a directory with all sealed files below it.
@@ -232,11 +263,21 @@ class Opener:
         What stands at `new` loses its name, as by `remove`.
         """
         moves = list(_moves(old, new))
-        with self._lock, self._keys.registry.moving(moves):
-            old.rename(new)
-            sync_directory(new.parent)
-            if old.parent != new.parent:
-                sync_directory(old.parent)
+        with self._lock:
+            gone = self._keys.registry.lookup(new)
+            with self._keys.registry.moving(moves):
+                old.rename(new)
+                sync_directory(new.parent)
+                if old.parent != new.parent:
+                    sync_directory(old.parent)
+            self._forget(gone)
+
+    def _forget(self, entry: RegistryEntry | None) -> None:
+        """Drop an image that is no more from the ledger, unless it is elsewhere too."""
+        if entry is None:
+            return
+        if all(other.image_uuid != entry.image_uuid for other in self._keys.registry.entries()):
+            self._keys.ledger.accept(entry.image_uuid, None)
 
     def _create_at(self, path: Path, identity: Identity, key: bytearray, owner: Ownership) -> None:
         storage = FileStorage.create(path)

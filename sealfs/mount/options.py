@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from sealfs.errors import UsageError
-from sealfs.mount.driver import COMMIT_INTERVAL, IDLE_CLOSE, LOCK_WAIT
+from sealfs.mount.driver import BUMP_INTERVAL, COMMIT_INTERVAL, IDLE_CLOSE, LOCK_WAIT
 from sealfs.mount.lane import SPIN_NS
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -20,9 +20,9 @@ _SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 # What mount(8) and fstab add, and what holds for this file system anyway.
 _ACCEPTED = frozenset(
     (
-        "_netdev", "async", "auto", "defaults", "dev", "diratime", "exec", "group", "noauto",
-        "nodev", "nofail", "nosuid", "nouser", "owner", "relatime", "rw", "strictatime", "suid",
-        "user", "users",
+        "_netdev", "async", "auto", "defaults", "dev", "diratime", "group", "lazytime", "noauto",
+        "nodev", "nodiratime", "nofail", "nolazytime", "norelatime", "nostrictatime", "nosuid",
+        "nouser", "owner", "relatime", "silent", "strictatime", "suid", "user", "users",
     )
 )  # fmt: skip
 _CACHE_MIN = 4 << 20  # four of the largest requests
@@ -52,6 +52,8 @@ class MountOptions:
     commit_interval: float = COMMIT_INTERVAL
     idle_close: float = IDLE_CLOSE
     lock_wait: float = LOCK_WAIT
+    note_each_flush: bool = False
+    bump_interval: float = BUMP_INTERVAL
     spin_ns: int = SPIN_NS
     labels: tuple[str, ...] = ()
 
@@ -83,9 +85,12 @@ _FLAGS: dict[str, tuple[str, bool]] = {
     "default_permissions": ("default_permissions", True),
     "nodefault_permissions": ("default_permissions", False),
     "ro": ("read_only", True),
+    "rw": ("read_only", False),
     "direct_io": ("direct_io", True),
     "noexec": ("noexec", True),
+    "exec": ("noexec", False),
     "noatime": ("noatime", True),
+    "atime": ("noatime", False),
 }
 
 
@@ -97,6 +102,8 @@ def _apply(options: MountOptions, item: str) -> MountOptions:
             return replace(options, **{field: flag})  # type: ignore[arg-type]
         if name in _ACCEPTED or name.startswith("x-"):
             return options
+        if name == "remount":
+            raise UsageError(item, "not while it is served: unmount, and mount it again")
         raise UsageError(item, "unknown mount option")
     match name:
         case "cache":
@@ -119,6 +126,10 @@ def _apply(options: MountOptions, item: str) -> MountOptions:
             return replace(options, commit_interval=_seconds(item, value))
         case "idle":
             return replace(options, idle_close=_seconds(item, value))
+        case "freshness":
+            return replace(options, note_each_flush=_choice(item, value, "flush", "interval"))
+        case "bump":
+            return replace(options, bump_interval=_seconds(item, value))
         case "lock":
             return replace(options, lock_wait=_seconds(item, value))
         case "spin":

@@ -86,6 +86,8 @@ class Session:
             commit_interval=options.commit_interval,
             idle_close=options.idle_close,
             lock_wait=options.lock_wait,
+            note_each_flush=options.note_each_flush,
+            bump_interval=options.bump_interval,
         )
         self._namespace = Namespace(
             source,

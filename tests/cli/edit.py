@@ -85,7 +85,7 @@ def place_of_block(path: Path, block: int) -> int:
         KeyService.open(Path(os.environ["SEALFS_STATE"])) as keys,
         keys.unseal(identity.kmi, identity.vm_id) as vm_key,
     ):
-        image = sealed.open_with(storage, identity, vm_key)
+        image = sealed.open_with(storage, identity, vm_key, None)
     volume = image._volume
     group, index = divmod(block, volume.geometry.group_blocks)
     offset = volume.geometry.block_offset(volume.tree.slot_of(group), index)

@@ -1,0 +1,74 @@
+"""`accept-rollback`: the deliberate way to go on with a restored backup."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+
+from sealfs.cli import sealed
+from sealfs.cli.output import print_json, printable
+from sealfs.cli.settings import PATH, Settings, common_options
+from sealfs.errors import UsageError
+from sealfs.image.recovery import read_identity
+from sealfs.image.storage import FileStorage
+from sealfs.mount import freshness
+
+log = logging.getLogger("sealfs")
+
+
+@click.command("accept-rollback")
+@click.argument("image", required=False, type=PATH)
+@click.option(
+    "--ledger", is_flag=True, help="The state directory itself was restored from a backup."
+)
+@common_options
+def accept_rollback_command(settings: Settings, image: Path | None, ledger: bool) -> None:
+    """Go on with an image that is older than this host has seen it: a restored backup.
+
+    The image is verified with its key; what was written after it was saved is lost, and copies
+    newer than it are refused from now on. With --ledger: take the ledger in the state directory,
+    which is older than the TPM's counter, for the present one; each image is compared with it. Of
+    a ledger that is gone or damaged nothing is kept: then `register` each image.
+    """
+    if (image is None) != ledger:
+        raise UsageError("accept-rollback", "name an image, or --ledger")
+    if image is None:
+        with settings.keys() as keys:
+            is_kept = keys.ledger.rebase()
+        log.warning(
+            'the ledger in "%s" was %s', settings.state,
+            "accepted as it is" if is_kept else "unreadable; an empty one knows no image yet",
+        )  # fmt: skip
+        if settings.json:
+            print_json({"state": str(settings.state), "kept": is_kept})
+        return
+    place = sealed.find(settings.about(image))
+    with settings.keys() as keys:
+        storage = FileStorage.open(place.sealed, read_only=True)
+        try:
+            identity = read_identity(storage)
+            sealed.check_registered(place.sealed, identity, keys)
+            with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
+                opened = sealed.open_with(storage, identity, vm_key, None)
+            before, now = keys.ledger.find(opened.uuid), opened.progress
+            keys.ledger.accept(opened.uuid, freshness.progress_of(now))
+        finally:
+            storage.close()
+    known = "nothing" if before is None else f"change {before.sequence}"
+    if settings.json:
+        print_json(
+            {
+                "path": str(place.sealed),
+                "vm_id": identity.vm_id,
+                "before": None if before is None else before.sequence,
+                "now": now.sequence,
+            }
+        )
+    else:
+        print(f"{printable(str(image))}: accepted at change {now.sequence}; known was {known}")
+    log.warning(
+        'image "%s" of VM "%s" was accepted at change %d; known was %s',
+        place.sealed, identity.vm_id, now.sequence, known,
+    )  # fmt: skip
