@@ -104,6 +104,7 @@ class Disk:
         self.vm_id = ""
         self.image: SealedImage | None = None
         self.handles = 0
+        self.buffered_handles = 0  # of those, without O_DIRECT: the kernel may have pages of it
         self.idle_since = 0.0
         self.exclusive = trio.Lock()
         self.is_closing = False

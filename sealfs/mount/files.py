@@ -25,6 +25,7 @@ from sealfs.mount import protocol
 from sealfs.mount.driver import Disk, Disks
 from sealfs.mount.failures import Failures
 from sealfs.mount.handles import Handle, Handles
+from sealfs.mount.lane import drop_pages
 from sealfs.mount.names import Node, Nodes
 from sealfs.mount.options import MountOptions
 
@@ -65,7 +66,7 @@ class Files(pyfuse3.Operations):
         disks: Disks,
         handles: Handles,
         failures: Failures,
-        notify: Callable[[bytes], object],
+        device_fd: int,
     ) -> None:
         super().__init__()
         self._source = source
@@ -74,7 +75,7 @@ class Files(pyfuse3.Operations):
         self._disks = disks
         self._handles = handles
         self._failures = failures
-        self._notify = notify
+        self._device_fd = device_fd
         self._run = disks.workers.run
         self._nodes = Nodes(source)
 
@@ -103,6 +104,8 @@ class Files(pyfuse3.Operations):
             handle.disk,
             self._disks.write(handle.disk, off, buf, durable=handle.is_synchronous),
         )
+        if handle.is_direct and handle.disk.buffered_handles:
+            await drop_pages(self._device_fd, handle.inode, off, len(buf))
         return len(buf)
 
     @guarded
@@ -172,7 +175,7 @@ class Files(pyfuse3.Operations):
         # Written to the device itself: through pyfuse3 it would go by way of the relay, and the
         # answer to whoever changed something could come before it.
         with contextlib.suppress(OSError):  # the kernel has forgotten it already
-            self._notify(protocol.attributes_changed(inode))
+            os.write(self._device_fd, protocol.attributes_changed(inode))
 
     def _code_of_open(self, exc: Exception, path: Path) -> int:
         """Return the errno of a failed open; logged with the image, whatever the error is about."""

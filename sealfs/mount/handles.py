@@ -24,6 +24,7 @@ class Handle:
     inode: int
     is_writable: bool
     is_synchronous: bool
+    is_direct: bool
 
 
 class Handles:
@@ -37,11 +38,14 @@ class Handles:
         """Make a handle for an open(2) with `flags`; return its number."""
         number = self._next
         self._next += 1
+        is_direct = bool(flags & os.O_DIRECT)
+        disk.buffered_handles += not is_direct
         self.by_number[number] = Handle(
             disk=disk,
             inode=inode,
             is_writable=(flags & os.O_ACCMODE) != os.O_RDONLY,
             is_synchronous=bool(flags & SYNC_FLAGS),
+            is_direct=is_direct,
         )
         return number
 
@@ -51,4 +55,7 @@ class Handles:
 
     def remove(self, number: int) -> Handle | None:
         """End a handle and return it."""
-        return self.by_number.pop(number, None)
+        handle = self.by_number.pop(number, None)
+        if handle is not None:
+            handle.disk.buffered_handles -= not handle.is_direct
+        return handle

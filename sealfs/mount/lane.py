@@ -13,6 +13,7 @@ other tasks of the mount run every `YIELD_EVERY` requests, and at once when it s
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import mmap
@@ -230,6 +231,11 @@ class Lane:
                 self._fail(unique, disk, exc)
                 return
             durable = bool(flags & SYNC_FLAGS) or handle.is_synchronous
+            if disk.buffered_handles and flags & os.O_DIRECT:
+                rest = None if accepted else bytearray(data)
+                args = (handle, offset, size, rest, durable)
+                self._start(unique, disk, self._write_beside_readers, *args)
+                return
             if not accepted:
                 copy = bytearray(data)
                 self._start(unique, disk, self._write_slowly, disk, offset, copy, durable)
@@ -245,6 +251,23 @@ class Lane:
     ) -> Buffer:
         await self._disks.write(disk, offset, data, durable=durable)
         return _written(len(data))
+
+    async def _write_beside_readers(
+        self, handle: Handle, offset: int, size: int, data: bytearray | None, durable: bool
+    ) -> Buffer:
+        """Take a direct write (taken already where `data` is None), then drop the kernel's pages.
+
+        The kernel drops them before an asynchronous direct write, not after it: who reads without
+        O_DIRECT in between would see the old content for as long as the file is open.
+        """
+        if data is not None:
+            await self._disks.write(handle.disk, offset, data, durable=durable)
+        else:
+            self._disks.wrote()
+            if durable:
+                await handle.disk.flush()
+        await drop_pages(self._fd, handle.inode, offset, size)
+        return _written(size)
 
     async def _commit(self, disk: Disk, size: int) -> Buffer:
         await disk.flush()
@@ -384,6 +407,20 @@ class Lane:
             os.write(self._fd, reply)
         except OSError as exc:
             _not_taken(exc)
+
+
+async def drop_pages(device_fd: int, inode: int, offset: int, size: int) -> None:
+    """Make the kernel forget its pages of a range."""
+    notice = protocol.pages_changed(inode, offset, size)
+
+    def write() -> None:
+        # ENOENT: the kernel knows no such inode. ENODEV: unmounted.
+        with contextlib.suppress(OSError):
+            os.write(device_fd, notice)
+
+    # In no worker of ours: it waits for pages that are being read, and those reads may need one.
+    # Abandoned when the mount ends, since then nobody answers them.
+    await trio.to_thread.run_sync(write, abandon_on_cancel=True)
 
 
 def _written(size: int) -> bytes:

@@ -57,7 +57,7 @@ class Namespace(Files):
         disks: Disks,
         handles: Handles,
         failures: Failures,
-        notify: Callable[[bytes], object],
+        device_fd: int,
         on_init: Callable[[], None],
     ) -> None:
         super().__init__(
@@ -67,7 +67,7 @@ class Namespace(Files):
             disks=disks,
             handles=handles,
             failures=failures,
-            notify=notify,
+            device_fd=device_fd,
         )
         self._on_init = on_init
         self._attributes = Attributes(opener, disks)

@@ -104,6 +104,14 @@ def error_reply(unique: int, code: int) -> bytes:
     return OUT_HEADER.pack(OUT_HEADER.size, -code, unique)
 
 
+def pages_changed(inode: int, offset: int, size: int) -> bytes:
+    """Return the notice that makes the kernel drop its pages of a range; waits for their locks."""
+    length = OUT_HEADER.size + _INVAL_INODE_OUT.size
+    return OUT_HEADER.pack(length, NOTIFY_INVAL_INODE, 0) + _INVAL_INODE_OUT.pack(
+        inode, offset, size
+    )
+
+
 def attributes_changed(inode: int) -> bytes:
     """Return the notice that a file's cached attributes are out of date; no page is touched."""
     size = OUT_HEADER.size + _INVAL_INODE_OUT.size

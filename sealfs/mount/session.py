@@ -96,7 +96,7 @@ class Session:
             disks=self._disks,
             handles=self._handles,
             failures=self._failures,
-            notify=partial(os.write, device_fd),
+            device_fd=device_fd,
             on_init=self._on_init,
         )
         there = kernel.mounted_at(str(mountpoint))
