@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sealfs.cli import doctor, health, health_keys, health_storage, health_system, survey
+from sealfs.cli import doctor, health, health_keys, health_storage, health_system
 from sealfs.cli.health import FAIL, NOTE, OK, WARN, Health
 from sealfs.cli.settings import Settings
+from sealfs.mount import unshown
 
 
 def settings_of(tmp_path: Path, *, is_root: bool = True) -> Settings:
@@ -168,8 +169,8 @@ def test_files_that_a_mount_does_not_show(tmp_path: Path) -> None:
     (tmp_path / "web1.sealed").write_bytes(b"")
     (tmp_path / "link").symlink_to("misnamed")
     os.mkfifo(tmp_path / "fifo")
-    assert survey.unshown_files(tmp_path, 10) == (["sub/plain.raw"], ["misnamed"])
-    assert sum(map(len, survey.unshown_files(tmp_path, 1))) == 1
+    assert unshown.unshown_files(tmp_path, 10) == (["sub/plain.raw"], ["misnamed"])
+    assert sum(map(len, unshown.unshown_files(tmp_path, 1))) == 1
 
 
 def health_storage_magic() -> bytes:

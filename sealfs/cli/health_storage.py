@@ -15,6 +15,7 @@ from sealfs.cli.output import size_text
 from sealfs.cli.sealed import Place
 from sealfs.cli.settings import Settings
 from sealfs.errors import SealfsError
+from sealfs.mount.unshown import unshown_files
 
 STATE_ROOM_MIN = 16 << 20  # a record takes 4 KiB, the software TPM some MiB
 NAMED_MAX = 5
@@ -185,7 +186,7 @@ def mounts(settings: Settings) -> Iterator[Health]:
 
 
 def _unsealed(source: Path) -> Iterator[Health]:
-    plain, unnamed = survey.unshown_files(source, FILES_MAX)
+    plain, unnamed = unshown_files(source, FILES_MAX)
     is_all = len(plain) + len(unnamed) < FILES_MAX
     count = len(plain) if is_all else f"{len(plain)} or more"
     if plain:

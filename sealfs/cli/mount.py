@@ -12,9 +12,11 @@ from sealfs.cli import interrupts
 from sealfs.cli.errors import warn
 from sealfs.cli.settings import Settings, common_options
 from sealfs.keys.service import KeyService
-from sealfs.mount import names, session
+from sealfs.mount import session
 from sealfs.mount.options import MountOptions
+from sealfs.mount.unshown import KINDS, unshown_files
 
+LOOKED_AT_MAX = 1000
 NAMED_MAX = 5
 """Files named in the warning; the mount's log names more."""
 
@@ -40,7 +42,8 @@ def mount_command(
     the mount are sealed images. The log goes to syslog.
 
     Options: ro, cache=256M, dirty=64M, allow_other, noallow_other, uid=N, gid=N, mode=OCTAL,
-    create=yes|no, vm-id=path|dir, direct_io, lane=on|off, noexec, noatime, context=...
+    create=yes|no, vm-id=path|dir, freshness=interval|flush, direct_io, lane=on|off, noexec,
+    noatime, context=...
     """
     settings.about(mountpoint)
     chosen = MountOptions.parse(options, is_root=os.geteuid() == 0)
@@ -48,7 +51,7 @@ def mount_command(
     # A host that is not set up is told here, not by a daemon.
     KeyService.open(settings.state, tpm=settings.tpm).close()
     if not foreground:
-        _warn_of_plain_files(source)
+        _warn_of_unshown_files(source)
         _warn_of_hidden_files(mountpoint)
     state = settings.state.absolute()  # a daemon's working directory is the root
     interrupts.uninstall()
@@ -78,9 +81,9 @@ def _warn_of_hidden_files(mountpoint: Path) -> None:
         warn(f'"{mountpoint}" is not empty: {count} files in it are hidden, and not sealed')
 
 
-def _warn_of_plain_files(source: Path) -> None:
-    found = names.unsealed_files(source, NAMED_MAX + 1)
-    if found:
-        listed = ", ".join(f'"{name}"' for name in found[:NAMED_MAX])
-        more = ", and more" if len(found) > NAMED_MAX else ""
-        warn(f'not sealed, and therefore not shown, in "{source}": {listed}{more}')
+def _warn_of_unshown_files(source: Path) -> None:
+    for what, found in zip(KINDS, unshown_files(source, LOOKED_AT_MAX), strict=True):
+        if found:
+            listed = ", ".join(f'"{name}"' for name in found[:NAMED_MAX])
+            more = ", and more" if len(found) > NAMED_MAX else ""
+            warn(f'{what}, in "{source}": {listed}{more}')

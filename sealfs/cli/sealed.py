@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sealfs.cli.settings import Settings
 from sealfs.errors import Busy, FormatError, KeyNotFound, NotFound, UsageError
 from sealfs.image.cache import BlockCache
-from sealfs.image.format import MAGICS, SUPERBLOCK_SIZE, Identity
+from sealfs.image.format import SUPERBLOCK_SIZE, Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.recovery import Witness, read_identity
 from sealfs.image.storage import FileStorage
@@ -78,20 +78,6 @@ def is_in_use(path: Path) -> bool:
     finally:
         os.close(fd)
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
-
-
-def is_sealed(path: Path) -> bool:
-    """Whether a file begins as a sealed image does; one that cannot be read does not."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        return os.pread(fd, len(MAGICS["superblock"]), 0) == MAGICS["superblock"]
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
 
 
 def peek_storage(path: Path) -> FileStorage:

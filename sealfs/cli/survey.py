@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -247,29 +246,3 @@ def sealed_files(directory: Path) -> list[Path]:
         for name in names
         if name.endswith(sealed.SUFFIX) and not name.startswith(".")
     )
-
-
-def unshown_files(directory: Path, limit: int) -> tuple[list[str], list[str]]:
-    """Return up to `limit` files below a directory that a mount of it does not show.
-
-    Returns:
-        Those in clear, and those that are sealed but not named *.sealed.
-    """
-    plain: list[str] = []
-    unnamed: list[str] = []
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            path = Path(parent, name)
-            if name.endswith(sealed.SUFFIX) or not _is_regular(path):
-                continue
-            (unnamed if sealed.is_sealed(path) else plain).append(str(path.relative_to(directory)))
-            if len(plain) + len(unnamed) >= limit:
-                return plain, unnamed
-    return plain, unnamed
-
-
-def _is_regular(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except OSError:
-        return False

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import struct
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -25,23 +26,38 @@ from typing import Any
 import trio
 
 from sealfs import errors
-from sealfs.errors import NotFound, SealfsError, StorageFailed, UsageError
+from sealfs.errors import Busy, NotFound, SealfsError, StorageFailed, UsageError
 
 Document = dict[str, Any]
 Verb = Callable[[Document], Awaitable[Document]]
 
 LINE_MAX = 1 << 20  # bytes of a request or an answer
 CONNECTIONS_MAX = 64
+STATUS_WAIT = 3.0  # seconds until a daemon is taken for stopped; `status` waits for nothing
 _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 log = logging.getLogger("sealfs.mount")
 
 
 def run_directory() -> Path:
-    """Return where the sockets of this user's mounts are."""
+    """Return where the sockets of this user's mounts are.
+
+    Raises:
+        UsageError: somebody else made the directory, or may write to it.
+    """
     if os.geteuid() == 0:
         return Path("/run/sealfs")
-    return Path(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/sealfs-{os.geteuid()}") / "sealfs"
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime:
+        return Path(runtime) / "sealfs"
+    directory = Path(f"/tmp/sealfs-{os.geteuid()}")
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    status = directory.lstat()
+    # Anybody may have made it, with sockets that lie, or as a link to where a log would do harm.
+    if (status.st_uid, status.st_mode & ~0o755) != (os.geteuid(), stat.S_IFDIR):
+        raise UsageError(directory, "is not yours alone; remove it, or set XDG_RUNTIME_DIR")
+    return directory
 
 
 class ControlServer:
@@ -52,22 +68,26 @@ class ControlServer:
         self._verbs = verbs
         self._places = trio.CapacityLimiter(CONNECTIONS_MAX)
         self._answering = 0
+        self._inode = 0  # of the socket
         self._drained = trio.Event()
 
     def bind(self) -> socket.socket:
         """Make the socket before the mount is served; blocking, only touches the directory."""
-        self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            self.path.unlink()  # of a mount that died; its id is ours now
+        try:
+            self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self.path.unlink(missing_ok=True)  # of a mount that died; its id is ours now
+        except OSError as exc:
+            raise StorageFailed(self.path, f"control socket: {exc.strerror or exc}") from exc
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         previous = os.umask(0o177)
         try:
             listener.bind(str(self.path))
         except OSError as exc:
             listener.close()
-            raise StorageFailed(self.path, f"control socket: {exc.strerror}") from exc
+            raise StorageFailed(self.path, f"control socket: {exc.strerror or exc}") from exc
         finally:
             os.umask(previous)
+        self._inode = self.path.stat().st_ino
         listener.listen(16)
         return listener
 
@@ -88,7 +108,9 @@ class ControlServer:
         finally:
             bound.close()
             with contextlib.suppress(OSError):
-                self.path.unlink()
+                # Once unmounted, the id may be another mount's, and the socket too.
+                if self.path.stat().st_ino == self._inode:
+                    self.path.unlink()
 
     async def drained(self) -> None:
         """Return when no request is being answered."""
@@ -201,6 +223,8 @@ def receive(stream: socket.socket, socket_path: Path) -> Document:
     while not line.endswith(b"\n"):
         try:
             part = stream.recv(65536)
+        except TimeoutError:
+            raise Busy(socket_path, "the mount's daemon does not answer") from None
         except ConnectionError:
             part = b""
         if not part:
@@ -210,6 +234,19 @@ def receive(stream: socket.socket, socket_path: Path) -> Document:
     if not answer.pop("ok"):
         raise error_from(answer["error"])
     return answer
+
+
+def mount_of_device(minor: int, run_dir: Path | None = None) -> RunningMount | None:
+    """Return the mount whose files have this device number, None if its daemon is gone.
+
+    Raises:
+        Busy: its daemon does not answer.
+    """
+    socket_path = (run_dir or run_directory()) / f"{minor}.sock"
+    try:
+        return RunningMount(socket_path, _status_of(socket_path))
+    except NotFound:
+        return None
 
 
 def find_mount(path: Path, run_dir: Path | None = None) -> RunningMount | None:
@@ -222,7 +259,7 @@ def find_mount(path: Path, run_dir: Path | None = None) -> RunningMount | None:
     best: tuple[tuple[int, bool], RunningMount] | None = None
     for socket_path in sorted((run_dir or run_directory()).glob("*.sock")):
         try:
-            status = call(socket_path, "status")
+            status = _status_of(socket_path)
         except SealfsError:
             continue
         for place in (status["mountpoint"], status["source"]):
@@ -232,6 +269,13 @@ def find_mount(path: Path, run_dir: Path | None = None) -> RunningMount | None:
             if _is_at_or_below(wanted, place) and (best is None or rank > best[0]):
                 best = (rank, RunningMount(socket_path, status))
     return None if best is None else best[1]
+
+
+def _status_of(socket_path: Path) -> Document:
+    with connection(socket_path) as stream:
+        stream.settimeout(STATUS_WAIT)
+        stream.sendall(_line({"verb": "status"}))
+        return receive(stream, socket_path)
 
 
 def _is_at_or_below(path: str, place: str) -> bool:

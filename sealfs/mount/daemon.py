@@ -12,6 +12,7 @@ import logging
 import logging.handlers
 import os
 import resource
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,11 +24,22 @@ from sealfs.mount.control import error_document, error_from
 
 _PR_SET_DUMPABLE = 4  # <linux/prctl.h>
 _REPORT_MAX = 1 << 16
+SYSLOG = "/dev/log"
 
 Ready = Callable[[], None]
 Serve = Callable[[Ready], int]
 
 log = logging.getLogger("sealfs.mount")
+
+
+class _OneLine(logging.Formatter):
+    """File names may hold anything: no line break forges a second message, no byte is lost."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in record.message
+        )
+        return super().formatMessage(record)
 
 
 def harden() -> None:
@@ -61,20 +73,28 @@ def set_up_log(
         handler = logging.StreamHandler(sys.stderr)
     else:
         try:
-            handler = logging.handlers.SysLogHandler(
-                "/dev/log", facility=logging.handlers.SysLogHandler.LOG_DAEMON
-            )
-            handler.append_nul = False
+            handler = _syslog_handler()
         except OSError:
             handler = logging.NullHandler() if fallback is None else _file_handler(fallback)
             text = "%(asctime)s " + text
-    handler.setFormatter(logging.Formatter(text))
+    handler.setFormatter(_OneLine(text))
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     for name in ("sealfs", "pyfuse3"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(level if name == "sealfs" else max(level, logging.INFO))
         logger.propagate = False
+
+
+def _syslog_handler() -> logging.Handler:
+    """Return a handler for syslog; OSError if nobody listens there."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        probe.connect(SYSLOG)  # the handler itself says nothing about a connection that failed
+    handler = logging.handlers.SysLogHandler(
+        SYSLOG, facility=logging.handlers.SysLogHandler.LOG_DAEMON
+    )
+    handler.append_nul = False
+    return handler
 
 
 def _file_handler(file: Path) -> logging.Handler:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -51,7 +52,8 @@ class Mounted:
 def mounts() -> list[Mounted]:
     """Return all mounts of this mount namespace, the newest last."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    # Paths may hold any byte; lines end at a newline only.
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).rstrip("\n").split("\n"):
         left, _, right = line.partition(" - ")
         fields, rest = left.split(" "), right.split(" ")
         major, _, minor = fields[2].partition(":")
@@ -64,6 +66,13 @@ def mounts() -> list[Mounted]:
 def mounted_at(mountpoint: str) -> Mounted | None:
     """Return the mount on top at exactly this path; asks no file system anything."""
     return next((m for m in reversed(mounts()) if m.mountpoint == mountpoint), None)
+
+
+def places_of(mounted: Mounted) -> list[str]:
+    """Return where this mount is now, the newest first: its directory may have been renamed."""
+    same = (mounted.major, mounted.minor, mounted.fstype)
+    found = [m.mountpoint for m in mounts() if (m.major, m.minor, m.fstype) == same]
+    return found[::-1]
 
 
 def check_mountpoint(mountpoint: Path) -> None:
@@ -131,15 +140,21 @@ def _mount_as_root(source: Path, mountpoint: Path, options: MountOptions) -> int
     if result != 0:
         code = ctypes.get_errno()
         os.close(fd)
-        raise StorageFailed(mountpoint, f"mount failed: {os.strerror(code)}")
+        because = ""
+        if code == errno.EINVAL and options.labels:
+            because = f"; {', '.join(options.labels)} is for a kernel with SELinux on"
+        raise StorageFailed(mountpoint, f"mount failed: {os.strerror(code)}{because}")
     return fd
 
 
 def mount_by_helper(source: Path, mountpoint: Path, options: MountOptions) -> int:
     """Mount by fusermount3, which hands the descriptor back over a socket (_FUSE_COMMFD)."""
+    if options.labels:
+        raise UsageError(", ".join(options.labels), "is for root: fusermount3 passes no labels on")
+    name = str(source).replace("\\", r"\\").replace(",", r"\,")
     wanted = [
         *_kernel_options(options),
-        f"fsname={str(source).replace(',', '_')}",
+        f"fsname={name}",
         "subtype=sealfs",
         "nosuid",
         "nodev",
@@ -152,7 +167,7 @@ def mount_by_helper(source: Path, mountpoint: Path, options: MountOptions) -> in
         try:
             done = subprocess.run(
                 ["fusermount3", "-o", ",".join(wanted), "--", str(mountpoint)],
-                env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+                env={**os.environ, "LC_ALL": "C", "_FUSE_COMMFD": str(theirs.fileno())},
                 pass_fds=[theirs.fileno()],
                 capture_output=True,
                 text=True,
@@ -161,7 +176,10 @@ def mount_by_helper(source: Path, mountpoint: Path, options: MountOptions) -> in
         except FileNotFoundError:
             raise StorageFailed("fusermount3", "is not installed (package fuse3)") from None
         if done.returncode != 0:
-            raise StorageFailed(mountpoint, f"fusermount3 failed: {done.stderr.strip()}")
+            reason = done.stderr.strip().removeprefix("fusermount3: ")
+            if "user_allow_other" in reason:
+                raise UsageError(mountpoint, f"fusermount3 refused: {reason}")
+            raise StorageFailed(mountpoint, f"fusermount3 failed: {reason}")
         _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
         fds = array.array("i")
         for level, kind, content in ancillary:
@@ -195,7 +213,7 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
     """Unmount; with `lazy` even while files are open.
 
     Raises:
-        Busy: files are open; names the processes that hold them.
+        Busy: files are open; names what holds them.
         NotFound: nothing is mounted there.
         StorageFailed: refused for another reason.
     """
@@ -218,6 +236,9 @@ def unmount(mountpoint: Path, *, lazy: bool = False) -> None:
         elif code == errno.EPERM:
             raise UsageError(mountpoint, f"is not yours to unmount: {detail}")
     if code == errno.EBUSY:
+        below = _used_by_kernel(str(mountpoint))
+        if below:
+            raise Busy(mountpoint, f"is in use by {', '.join(below)}; detach it first")
         held = holders(str(mountpoint))
         by = f" by {', '.join(held)}" if held else ""
         raise Busy(mountpoint, f"files are open{by}; stop the virtual machines first")
@@ -235,7 +256,8 @@ def holders(mountpoint: str) -> list[str]:
             continue
         try:
             if _is_holder(process, mountpoint, prefix):
-                found.append(f"{(process / 'comm').read_text().strip()} ({process.name})")
+                name = (process / "comm").read_text(errors="replace").strip()
+                found.append(f"{name} ({process.name})")
         except OSError:
             continue  # gone, or not ours to look at
         if len(found) >= _HOLDERS_MAX:
@@ -250,11 +272,24 @@ def _is_holder(process: Path, mountpoint: str, prefix: str) -> bool:
             target = os.readlink(link)
             if target == mountpoint or target.startswith(prefix):
                 return True
-    return any(prefix in line for line in (process / "maps").read_text().splitlines())
+    return os.fsencode(prefix) in (process / "maps").read_bytes()
+
+
+def _used_by_kernel(mountpoint: str) -> list[str]:
+    """Return the mounts below a mount point and the loop devices on its files."""
+    prefix = mountpoint.rstrip("/") + "/"
+    found = [
+        f'the mount "{there.mountpoint}"'
+        for there in mounts()
+        if there.mountpoint.startswith(prefix)
+    ]
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if os.fsdecode(backing.read_bytes()).startswith(prefix):
+                found.append(f"/dev/{backing.parent.parent.name}")
+    return found[:_HOLDERS_MAX]
 
 
 def _unescape(text: str) -> str:
     """Undo the octal escapes of /proc/self/mountinfo."""
-    for code in ("\\040", "\\011", "\\012", "\\134"):
-        text = text.replace(code, chr(int(code[1:], 8)))
-    return text
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

@@ -189,18 +189,6 @@ def entries(directory: Node) -> list[tuple[str, Path]]:
     return sorted(found.items())
 
 
-def unsealed_files(source: Path, limit: int) -> list[str]:
-    """Return up to `limit` regular files below `source` that are not sealed, for a warning."""
-    found: list[str] = []
-    for directory, _, names in os.walk(source):
-        for name in names:
-            if not name.endswith(SUFFIX):
-                found.append(os.path.relpath(os.path.join(directory, name), source))
-                if len(found) >= limit:
-                    return found
-    return found
-
-
 def stem(sealed: Path) -> str:
     """Return a sealed file's name without `.sealed` and the last suffix before it."""
     return Path(sealed.name.removesuffix(SUFFIX)).stem

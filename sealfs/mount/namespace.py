@@ -127,6 +127,8 @@ class Namespace(Files):
         """List a directory once; `readdir` serves from that list."""
         directory = self._nodes.get(inode)
         found = await self._run(partial(names.entries, directory))
+        above = directory.path if inode == pyfuse3.ROOT_INODE else directory.path.parent
+        found[:0] = [(".", directory.path), ("..", above)]
         number = self._next_listing
         self._next_listing += 1
         self._listings[number] = (directory.path, found)
@@ -150,7 +152,8 @@ class Namespace(Files):
                 entry = self._attributes.entry(node, *seen)
                 if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position):
                     return
-                node.lookups += 1
+                if name not in (".", ".."):  # the kernel does not count these
+                    node.lookups += 1
 
     async def releasedir(self, fh: int) -> None:
         """Drop a listing."""

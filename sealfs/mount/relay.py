@@ -29,6 +29,7 @@ BUFFER_WANTED = 4 << 20  # bytes each way; an ordinary user gets net.core.wmem_m
 READDIR_SIZE_MAX = 32 << 10  # so that several answers fit an ordinary user's buffer
 MESSAGE_MAX = (1 << 20) + (64 << 10)
 MAX_BACKGROUND = 128  # a guest's queue depth with room; libfuse's default is 12
+INTERRUPT_BIT = 1  # FUSE_INT_REQ_BIT: the number of an INTERRUPT is that of its request plus this
 CONGESTION_THRESHOLD = 96  # three quarters, as the kernel's own default
 
 log = logging.getLogger("sealfs.mount")
@@ -51,6 +52,8 @@ class Relay:
         self._outstanding: dict[int, tuple[int, int]] = {}  # unique: (opcode, bound of the answer)
         self._held_back: deque[bytearray] = deque()
         self._wake = trio.Event()
+        self.initialised = trio.Event()
+        """Set when the kernel has taken the answer to INIT, and what it says."""
 
     def hand_over(self) -> int:
         """Give up pyfuse3's end; return its descriptor."""
@@ -131,6 +134,8 @@ class Relay:
             log.error("pyfuse3 wrote %d bytes, less than a header", len(reply))
             return
         unique = OUT_HEADER.unpack_from(reply)[2]
+        if unique & INTERRUPT_BIT and unique not in self._outstanding:
+            return  # EAGAIN: "interrupt it once more"; what was interrupted is answered anyway
         if unique:  # 0: a notification
             opcode, bound = self._outstanding.pop(unique, (0, 0))
             self._expected -= bound
@@ -141,6 +146,8 @@ class Relay:
             if self._held_back:
                 self._wake.set()
         self._answer(reply)
+        if unique and opcode == Opcode.INIT:
+            self.initialised.set()
 
     def _answer(self, reply: bytes) -> None:
         try:

@@ -30,7 +30,7 @@ from sealfs.errors import NotFound, SealfsError, StorageFailed, UsageError
 from sealfs.image.cache import BlockCache
 from sealfs.image.layout import SIZE_MAX
 from sealfs.mount import control, daemon, kernel, names
-from sealfs.mount.control import ControlServer, Document, RunningMount, find_mount, run_directory
+from sealfs.mount.control import ControlServer, Document, RunningMount, run_directory
 from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
 from sealfs.mount.handles import Handles
@@ -38,12 +38,13 @@ from sealfs.mount.lane import Lane
 from sealfs.mount.namespace import Namespace
 from sealfs.mount.options import MountOptions
 from sealfs.mount.relay import Relay
+from sealfs.mount.unshown import KINDS, unshown_files
 from sealfs.mount.workers import Workers
 
 if TYPE_CHECKING:
     from sealfs.mount.opener import Keys, Opener
 
-UNSEALED_NAMED_MAX = 20  # files in the warning at mount
+UNSHOWN_NAMED_MAX = 20  # files in the warning at mount
 FAREWELL = 2.0  # seconds for waiters to read that the mount has ended
 EXIT_WAIT = 30.0  # seconds for the daemon's process to go after its images are closed
 
@@ -112,15 +113,17 @@ class Session:
             },
         )
         self._lane: Lane | None = None
+        self._relay: Relay | None = None
         self._initialised = trio.Event()
         self._ended = trio.Event()
         self._failed: dict[str, str] = {}
 
     async def run(self, ready: Callable[[], None]) -> int:
         """Serve until unmounted or told to end; return the exit status."""
+        bound = self._control.bind()  # its errors are the user's to see: not in a nursery
         async with trio.open_nursery() as outer:
             outer.start_soon(self._workers.collect)
-            await outer.start(self._control.run, self._control.bind())
+            await outer.start(self._control.run, bound)
             try:
                 async with trio.open_nursery() as serving:
                     await serving.start(self._disks.run)
@@ -152,7 +155,7 @@ class Session:
             finally:
                 pyfuse3.close(unmount=False)
             return
-        relay = Relay(self._device_fd)
+        relay = self._relay = Relay(self._device_fd)
         self._lane = Lane(
             self._device_fd,
             relay=relay,
@@ -177,6 +180,9 @@ class Session:
 
     async def _announce(self, ready: Callable[[], None]) -> None:
         await self._initialised.wait()
+        if self._relay is not None:
+            # Until the answer is there, the kernel would set the read-ahead back.
+            await self._relay.initialised.wait()
         await self._workers.run(partial(kernel.raise_read_ahead, self._mountpoint))
         log.info('"%s" is served at "%s"', self._source, self._mountpoint)
         ready()
@@ -186,15 +192,10 @@ class Session:
             swept = await self._workers.run(partial(sweep, self._source))
             if swept:
                 log.info("removed %d files that a crash left half-made", swept)
-        unsealed = await self._workers.run(
-            partial(names.unsealed_files, self._source, UNSEALED_NAMED_MAX)
-        )
-        if unsealed:
-            log.warning(
-                'not sealed, therefore not shown, under "%s": %s',
-                self._source,
-                ", ".join(unsealed) + (", ..." if len(unsealed) == UNSEALED_NAMED_MAX else ""),
-            )
+        unshown = await self._workers.run(partial(unshown_files, self._source, UNSHOWN_NAMED_MAX))
+        for what, found in zip(KINDS, unshown, strict=True):
+            if found:
+                log.warning('%s, in "%s": %s', what, self._source, ", ".join(found))
 
     async def _end_on_signals(
         self,
@@ -207,13 +208,15 @@ class Session:
             async for number in signals:
                 log.info("ends on %s", signal.Signals(number).name)
                 # Lazily: whoever still has files open gets errors from now on, no new ones come.
-                with contextlib.suppress(SealfsError):
-                    if self.is_mounted():
-                        await self._workers.run(
-                            partial(kernel.unmount, self._mountpoint, lazy=True)
-                        )
+                await self._workers.run(self._unmount_everywhere)
                 scope.cancel()
                 return
+
+    def _unmount_everywhere(self) -> None:
+        places = kernel.places_of(self._mounted) if self._mounted is not None else []
+        for place in places:
+            with contextlib.suppress(SealfsError):
+                kernel.unmount(Path(place), lazy=True)
 
     def is_mounted(self) -> bool:
         """Whether what is mounted at the mount point is this mount.
@@ -353,6 +356,28 @@ def serve_mount(
     ready: Callable[[], None],
 ) -> int:
     """Mount and serve in this process until the mount ends; return the exit status."""
+    # Held open, so that its file system is not unmounted from under us by mistake: new images
+    # would then be made in the directory that was mounted over.
+    source_fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return _mount_and_serve(
+            source, mountpoint, options=options, opener=opener, cache=cache, run_dir=run_dir,
+            ready=ready,
+        )  # fmt: skip
+    finally:
+        os.close(source_fd)
+
+
+def _mount_and_serve(
+    source: Path,
+    mountpoint: Path,
+    *,
+    options: MountOptions,
+    opener: Opener,
+    cache: BlockCache,
+    run_dir: Path,
+    ready: Callable[[], None],
+) -> int:
     device_fd = kernel.mount(source, mountpoint, options)
     ours = kernel.mounted_at(str(mountpoint))
     try:
@@ -370,12 +395,13 @@ def serve_mount(
             status: int = trio.run(session.run, ready)
         finally:
             session.dispose()
-    finally:
-        # Normally unmounted already; never leave a dead mount point behind. Only our own: after
-        # 'umount -l' another sealfs may serve this place.
-        if ours is not None and kernel.mounted_at(str(mountpoint)) == ours:
+    except BaseException:
+        # Leave no dead mount point behind. After a normal end it is unmounted, and its place and
+        # its number may be another's already.
+        for place in kernel.places_of(ours) if ours is not None else ():
             with contextlib.suppress(SealfsError):
-                kernel.unmount(mountpoint, lazy=True)
+                kernel.unmount(Path(place), lazy=True)
+        raise
     return status
 
 
@@ -409,8 +435,11 @@ def unmount(mountpoint: Path, *, run_dir: Path | None = None) -> None:
     """
     with contextlib.suppress(OSError):
         mountpoint = mountpoint.resolve()
-    found = find_mount(mountpoint, run_dir)
-    if found is None or found.status["mountpoint"] != str(mountpoint):
+    there = kernel.mounted_at(str(mountpoint))
+    found = None
+    if there is not None and there.fstype == kernel.FSTYPE:
+        found = control.mount_of_device(there.minor, run_dir)
+    if found is None:
         # Nobody serves it: a dead mount, or none.
         kernel.unmount(mountpoint)
         return
