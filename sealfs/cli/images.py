@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from sealfs.cli import sealed, survey
-from sealfs.cli.errors import ExitCode, hint_of, warn
-from sealfs.cli.output import print_facts, print_json, print_table, printable, progress, size_text
+from sealfs.cli.errors import hint_of, warn
+from sealfs.cli.output import print_facts, print_json, print_table, size_text
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.cli.survey import Facts
 from sealfs.errors import AlreadyExists, IntegrityError, KeyServiceError, SealfsError, UsageError
-from sealfs.image.layout import Geometry
 from sealfs.image.recovery import peek, read_identity
 from sealfs.image.storage import FileStorage
 from sealfs.mount import freshness
 
 if TYPE_CHECKING:
-    from sealfs.image.check import Finding
     from sealfs.image.image import SealedImage
     from sealfs.keys.registry import RegistryEntry
     from sealfs.keys.service import KeyService
@@ -153,73 +150,6 @@ def _info_lines(facts: Facts) -> list[tuple[str, str]]:
     if facts.hint is not None:
         lines.append(("to verify", facts.hint))
     return lines
-
-
-@click.command("check")
-@click.argument("image", type=PATH)
-@click.option("--data", is_flag=True, help="Verify every block too, not the tree alone.")
-@common_options
-def check_command(settings: Settings, image: Path, data: bool) -> int:
-    """Verify an image that is not in use; nothing is changed.
-
-    Names each bad block: its number, its place on the VM's disk, what differs. Exit code 3 when
-    blocks are bad, 5 when the structure is.
-    """
-    place = sealed.find(settings.about(image))
-    with settings.keys() as keys, sealed.opened(settings, place, keys) as opened:
-        size = opened.size
-        slot = Geometry().slot_size
-        total = opened.status()["slots_used"] * slot
-        with progress(f"checking {place.sealed.name}", total) as advance:
-            findings = _drive(opened, data, lambda: advance(slot))
-    if settings.json:
-        print_json(
-            {
-                "path": str(place.sealed),
-                "data": data,
-                "size": size,
-                "findings": [_finding_json(finding) for finding in findings],
-            }
-        )
-    elif findings:
-        for finding in findings:
-            print(_finding_text(finding))
-        blocks = sum(finding.block_count for finding in findings)
-        print(f"{printable(str(image))}: {blocks} bad blocks in {len(findings)} places")
-    else:
-        what = "structure and data" if data else "structure; --data verifies the content too"
-        print(f"{printable(str(image))}: clean ({what})")
-    return ExitCode.FINDINGS if findings else ExitCode.OK
-
-
-def _drive(image: SealedImage, data: bool, advance: Callable[[], None]) -> list[Finding]:
-    steps: Generator[Callable[[], Any], Any, list[Finding]] = image.check_steps(data=data)
-    try:
-        work = next(steps)
-        while True:
-            result = work()
-            advance()
-            work = steps.send(result)
-    except StopIteration as end:
-        found: list[Finding] = end.value
-        return found
-
-
-def _finding_json(finding: Finding) -> dict[str, object]:
-    return {
-        "first_block": finding.first_block,
-        "block_count": finding.block_count,
-        "offset": finding.offset,
-        "size": finding.size,
-        "cause": finding.cause,
-    }
-
-
-def _finding_text(finding: Finding) -> str:
-    last = finding.first_block + finding.block_count - 1
-    blocks = f"block {last}" if finding.block_count == 1 else f"blocks {finding.first_block}-{last}"
-    end = finding.offset + finding.size - 1
-    return f"{blocks}, bytes {finding.offset}-{end} of the disk: {finding.cause}"
 
 
 @click.command("register")

@@ -32,6 +32,7 @@ from sealfs.mount import freshness
 if TYPE_CHECKING:
     from sealfs.keys.registry import RegistryEntry
     from sealfs.keys.service import KeyService
+    from sealfs.mount.control import RunningMount
 
 ST_BLOCK = 512  # bytes in a unit of st_blocks (<sys/stat.h>)
 OWN_WORDS = ("vm_id", "disk", "image_uuid", "kmi", "created", "size", "state")
@@ -224,8 +225,12 @@ def _live(place: Place) -> dict[str, Any] | None:
     """Return what the mount that has the image open says of it."""
     if place.mount is None:
         return None
-    wanted = os.path.realpath(place.sealed)
-    for image in place.mount.status["images"]:
+    return live_status(place.mount, os.path.realpath(place.sealed))
+
+
+def live_status(mount: RunningMount, wanted: str) -> dict[str, Any] | None:
+    """Return what a mount says of an image by its canonical path, None if it is not open."""
+    for image in mount.call("status")["images"]:
         if image["path"] == wanted:
             found: dict[str, Any] = image
             return found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from sealfs.errors import BlockDamaged
+from sealfs.errors import BlockDamaged, StorageFailed
 from sealfs.image.cipher import TAG_SIZE
 from sealfs.image.format import ENTRY_PARTS
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, runs_of
@@ -35,13 +36,39 @@ class Finding:
         return self.block_count * BLOCK_SIZE
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a part of a check found, and where the next part begins."""
+
+    findings: list[Finding]
+    size: int
+    """Bytes of the file that were looked at."""
+    next_group: int | None
+    """None: that was the last part."""
+
+
 def check_steps(volume: Volume, *, data: bool) -> Steps[list[Finding]]:
     """Verify every leaf page and, with `data`, every block. Node pages were verified at open."""
     findings: list[Finding] = []
     for group in list(volume.tree.groups()):
-        leaf = volume.tree.leaf(group)
-        page = bytes(leaf) if leaf is not None else None
-        findings += yield partial(_check_group, volume, group, page, data)
+        findings += yield from _group_steps(volume, group, data)
+    return findings
+
+
+def check_part_steps(volume: Volume, start: int, count: int, *, data: bool) -> Steps[Part]:
+    """As `check_steps` for the first `count` groups from the group `start` on."""
+    findings: list[Finding] = []
+    groups = list(islice(volume.tree.groups(start), count + 1))
+    for group in groups[:count]:
+        findings += yield from _group_steps(volume, group, data)
+    size = len(groups[:count]) * volume.geometry.slot_size
+    return Part(findings, size, groups[count] if len(groups) > count else None)
+
+
+def _group_steps(volume: Volume, group: int, data: bool) -> Steps[list[Finding]]:
+    leaf = volume.tree.leaf(group)
+    page = bytes(leaf) if leaf is not None else None
+    findings: list[Finding] = yield partial(_check_group, volume, group, page, data)
     return findings
 
 
@@ -53,27 +80,58 @@ def _check_group(volume: Volume, group: int, page: bytes | None, data: bool) -> 
             page, _ = volume.read_leaf(group, volume.tree.leaf_source(group))
         except BlockDamaged:
             return [Finding(first, group_blocks, "leaf page does not authenticate")]
+        except StorageFailed as exc:
+            return [Finding(first, group_blocks, f"leaf page cannot be read: {exc.detail}")]
     if not data:
         return []
-    damaged = [
-        index
-        for index in range(group_blocks)
-        if page[index * ENTRY_SIZE + 28] and not _opens(volume, group, index, page)
-    ]
-    return [
-        Finding(first + start, count, "tag differs: damaged, or altered outside sealfs")
+    causes: dict[str, list[int]] = {}
+    sealed = _read_group(volume, group)
+    for index in range(group_blocks):
+        if page[index * ENTRY_SIZE + 28]:
+            cause = _cause(volume, group, index, page, sealed)
+            if cause is not None:
+                causes.setdefault(cause, []).append(index)
+    found = [
+        Finding(first + start, count, cause)
+        for cause, damaged in causes.items()
         for start, count in runs_of(damaged)
     ]
+    return sorted(found, key=lambda finding: finding.first_block)
 
 
-def _opens(volume: Volume, group: int, index: int, page: bytes) -> bool:
+def _read_group(volume: Volume, group: int) -> bytes | None:
+    """Return all blocks of a group as the device has them, None if not all can be read."""
+    geometry = volume.geometry
+    offset = geometry.block_offset(volume.tree.slot_of(group), 0)
+    try:
+        return volume.storage.read_direct(offset, geometry.group_blocks * BLOCK_SIZE)
+    except StorageFailed:
+        return None
+
+
+def _cause(volume: Volume, group: int, index: int, page: bytes, sealed: bytes | None) -> str | None:
+    """Return why a block does not open, None if it does."""
     block = group * volume.geometry.group_blocks + index
-    home = volume.geometry.block_offset(volume.tree.slot_of(group), index)
-    sealed = bytearray(BLOCK_SIZE + TAG_SIZE)
-    volume.storage.read_into(volume.inline.get(block, home), memoryview(sealed)[:BLOCK_SIZE])
+    content = bytearray(BLOCK_SIZE + TAG_SIZE)
+    inline = volume.inline.get(block)
+    try:
+        if inline is not None:
+            content[:BLOCK_SIZE] = volume.storage.read_direct(inline, BLOCK_SIZE)
+        elif sealed is not None:
+            content[:BLOCK_SIZE] = sealed[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE].ljust(
+                BLOCK_SIZE, b"\0"
+            )
+        else:
+            home = volume.geometry.block_offset(volume.tree.slot_of(group), index)
+            content[:BLOCK_SIZE] = volume.storage.read_direct(home, BLOCK_SIZE)
+    except StorageFailed as exc:
+        return f"cannot be read: {exc.detail}"
+    is_empty = not any(memoryview(content)[:BLOCK_SIZE])
     nonce, tag, _ = ENTRY_PARTS.unpack_from(page, index * ENTRY_SIZE)
     try:
-        volume.cipher.open_block(block, sealed, nonce, tag)
+        volume.cipher.open_block(block, content, nonce, tag)
     except BlockDamaged:
-        return False
-    return True
+        if is_empty:
+            return "is all zeros on the storage: lost or punched there"
+        return "tag differs: damaged, or altered outside sealfs"
+    return None

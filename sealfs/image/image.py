@@ -122,6 +122,16 @@ class SealedImage:
         return self._volume.journal.tail.sequence
 
     @property
+    def slot_size(self) -> int:
+        """Bytes of the file that a group takes, its leaf pages included."""
+        return self._geometry.slot_size
+
+    @property
+    def group_size(self) -> int:
+        """Bytes of the disk that a group holds: what one leaf page covers."""
+        return self._geometry.group_blocks * BLOCK_SIZE
+
+    @property
     def root_mac(self) -> bytes:
         """Root recorded by the last checkpoint, 24 bytes."""
         return self._volume.superblock.root_mac
@@ -167,6 +177,7 @@ class SealedImage:
             "epochs_max": volume.table.rows_max,
             "slots": volume.allocator.slot_count,
             "slots_used": volume.allocator.busy_count,
+            "slot_size": volume.geometry.slot_size,
             "poisoned": self.poisoned,
         }
 
@@ -528,6 +539,13 @@ class SealedImage:
         if not self.read_only and self.poisoned is None:
             yield from self.flush_steps()
         return (yield from check.check_steps(self._volume, data=data))
+
+    def check_part_steps(self, start: int, count: int, *, data: bool) -> Steps[check.Part]:
+        """Verify `count` groups from the group `start` on, as the device has them; exclusive.
+
+        What waits in the cache is not looked at, and nothing is flushed for it.
+        """
+        return (yield from check.check_part_steps(self._volume, start, count, data=data))
 
     def close_steps(self) -> Steps[None]:
         """Flush, checkpoint, mark the image clean, and let go of the storage, exclusive.

@@ -109,6 +109,7 @@ class Session:
                 "flush": self._flush,
                 "close": self._close,
                 "resize": self._resize,
+                "check": self._check,
                 "wait": self._wait,
             },
         )
@@ -282,6 +283,24 @@ class Session:
             raise NotFound(sealed, f'is not a sealed file below "{self._source}"')
         await self._namespace.resize(sealed, size, may_shrink=request.get("shrink") is True)
         return {"size": size}
+
+    async def _check(self, request: Document) -> Document:
+        """Verify a part of one image that is open here; the asker comes again for the next.
+
+        So whoever asks decides the rate, and a check can be left at any moment.
+        """
+        start = request.get("start")
+        disk = next((d for d in self._disks.all() if str(d.path) == request.get("path")), None)
+        if disk is None:
+            raise NotFound(request.get("path"), "is not in use here")
+        if not isinstance(start, int) or start < 0:
+            raise UsageError("check", "expected a group to start with")
+        part = await disk.check_part(start, data=request.get("data") is True)
+        return {
+            "findings": [[f.first_block, f.block_count, f.cause] for f in part.findings],
+            "checked": part.size,
+            "next": part.next_group,
+        }
 
     async def _wait(self, request: Document) -> Document:
         """Answer when the mount has ended and its images are closed."""

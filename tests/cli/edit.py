@@ -2,7 +2,8 @@
 
 `version N` and `features N` rewrite both superblocks; `--remac` gives them a right MAC again, with
 the image's key from the state directory, as an attacker who has the key could. `flip OFFSET`
-inverts a byte; `block N` damages the ciphertext of a block of the disk; `cut SIZE` truncates.
+inverts a byte; `block N` damages the ciphertext of a block of the disk, `zero N` wipes it; `cut SIZE`
+truncates.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ VERSION_AT, FEATURES_AT = 8, 12  # FORMAT.md 4.1
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("image", type=Path)
-    parser.add_argument("way", choices=["version", "features", "flip", "block", "cut"])
+    parser.add_argument("way", choices=["version", "features", "flip", "block", "zero", "cut"])
     parser.add_argument("argument", type=int)
     parser.add_argument("--remac", action="store_true")
     chosen = parser.parse_args()
@@ -39,6 +40,8 @@ def main() -> None:
             flip(fd, chosen.argument)
         case "block":
             flip(fd, place_of_block(chosen.image, chosen.argument))
+        case "zero":
+            os.pwrite(fd, bytes(4096), place_of_block(chosen.image, chosen.argument))
         case "cut":
             os.ftruncate(fd, chosen.argument)
 
