@@ -2,8 +2,8 @@
 
 `version N` and `features N` rewrite both superblocks; `--remac` gives them a right MAC again, with
 the image's key from the state directory, as an attacker who has the key could. `flip OFFSET`
-inverts a byte; `block N` damages the ciphertext of a block of the disk, `zero N` wipes it; `cut SIZE`
-truncates.
+inverts a byte; `block N` damages the ciphertext of a block of the disk, `zero N` wipes it;
+`cut SIZE` truncates.
 """
 
 from __future__ import annotations
