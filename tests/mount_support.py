@@ -27,7 +27,7 @@ from sealfs.errors import KeyRefused
 from sealfs.image.format import Anchor
 from sealfs.keys.ledger import Ledger, empty
 from sealfs.keys.registry import Registry, RegistryFile
-from sealfs.keys.statedir import LEDGER_FILE, REGISTRY_FILE, StateDir
+from sealfs.keys.statedir import LEDGER_FILE, REGISTRY_FILE, ImageLock, StateDir
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 30.0  # seconds for whatever should take a moment
@@ -81,7 +81,7 @@ class TinyKeys:
 
     def __init__(self, state: Path) -> None:
         self._state = state
-        kept = StateDir.create(state)
+        kept = self._kept = StateDir.create(state)
         self.registry = Registry(kept, bytes(16), _lend_key)
         self.ledger = Ledger(
             kept, bytes(16), counter=TinyCounter(state), subkey=_lend_key, subject="ledger"
@@ -104,6 +104,9 @@ class TinyKeys:
     def ensure(self, vm_id: str) -> TinyVmKey:
         return self.unseal(vm_id, vm_id)
 
+    def lock_image(self, subject: object, uuid: bytes, *, shared: bool) -> ImageLock:
+        return self._kept.lock_image(subject, uuid, shared=shared)
+
     def random(self, size: int) -> bytes:
         return os.urandom(size)
 
@@ -117,10 +120,11 @@ def seal_new(state: Path, path: Path, *, vm_id: str, size: int) -> None:
 
     opener = Opener(TinyKeys(state), BlockCache(4 << 20, 4 << 20), read_only=False)
     opener.create(path, vm_id, Ownership(uid=0, gid=0, mode=0o600))
-    image = opener.open(path).image
+    image = opened_by(opener, path)
     assert isinstance(image, SealedImage)
     image.resize(size)
     image.close()
+    opener.note({image.uuid: image.progress})
 
 
 def open_offline(state: Path, path: Path, registered: Path | None = None) -> Any:
@@ -132,7 +136,16 @@ def open_offline(state: Path, path: Path, registered: Path | None = None) -> Any
     if registered is not None:
         entry = keys.registry.lookup(registered)
         keys.registry.add(path, entry.image_uuid, entry.vm_id)
-    return Opener(keys, BlockCache(4 << 20, 4 << 20), read_only=False).open(path).image
+    # Tests open copies beside the image itself.
+    keys.lock_image = lambda *_, **__: ImageLock(-1)  # type: ignore[method-assign]
+    return opened_by(Opener(keys, BlockCache(4 << 20, 4 << 20), read_only=False), path)
+
+
+def opened_by(opener: Any, path: Path) -> Any:
+    """Open an image and let go of the lock on its uuid: tests open copies beside it."""
+    opened = opener.open(path)
+    opened.lock.close()
+    return opened.image
 
 
 # A disk in memory with the image's interface.
@@ -191,7 +204,8 @@ class FakeOpener:
         self._size = size
 
     def open(self, path: Path) -> Any:
-        return FakeImage(path, self._size), path.stem, bytearray(32), os.open(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY)
+        return FakeImage(path, self._size), path.stem, bytearray(32), fd, None
 
     def note(self, images: Any) -> None:
         pass

@@ -145,6 +145,9 @@ def test_an_image_put_back_under_a_mount_is_the_one_that_opens(host: Host) -> No
         file.write(b"newer")
         os.fsync(file.fileno())
     os.replace(backup, sealed)
+    with pytest.raises(OSError, match="Stale file handle"):
+        plain.read_bytes()
+    host.run("accept-rollback", plain)
     with open(plain, "r+b") as file:
         assert file.read(5) == bytes(5)
         file.seek(0)

@@ -28,6 +28,7 @@ pytestmark = [
     ),
 ]
 
+SNAPSHOTS_MIN = 4
 BUSY = 1.0
 """Seconds that a loaded machine may add to an interval."""
 
@@ -59,10 +60,10 @@ class Victim:
 
     def work(self, mount: Mounted, seconds: float, pause: float) -> None:
         """Write and flush a number again and again; copy everything after each."""
-        end = time.monotonic() + seconds
         fd = os.open(mount.mountpoint / "vm.raw", os.O_RDWR)
+        end = time.monotonic() + seconds
         try:
-            while time.monotonic() < end:
+            while time.monotonic() < end or len(self.snapshots) < SNAPSHOTS_MIN:
                 value = b"%08d" % len(self.snapshots)
                 os.pwrite(fd, value, 0)
                 os.fsync(fd)
@@ -126,7 +127,6 @@ def test_with_the_images_alone_one_second_can_be_turned_back(tmp_path: Path) -> 
     window = victim.window(killed, with_state=False)
     print(f"\nimages alone, noted each {NOTE_INTERVAL} s: {window:.2f} s")
     assert window <= NOTE_INTERVAL + BUSY
-    assert len(victim.snapshots) > 10
 
 
 def test_with_freshness_flush_nothing_that_was_flushed_can_be_turned_back(tmp_path: Path) -> None:
@@ -135,7 +135,6 @@ def test_with_freshness_flush_nothing_that_was_flushed_can_be_turned_back(tmp_pa
     accepted = [victim.accepts(each, with_state=False) for each in victim.snapshots]
     # The last was copied twice: before the daemon died, and after.
     assert accepted == [False] * (len(accepted) - 2) + [True, True]
-    assert len(accepted) > 5
 
 
 def test_with_the_state_directory_too_the_bump_interval_can_be_turned_back(
@@ -225,12 +224,12 @@ def test_a_ledger_that_cannot_be_written_harms_no_disk(tmp_path: Path, freshness
         os.fsync(fd)
         assert os.pread(fd, 6, 0) == b"after!"
         os.close(fd)
-        time.sleep(NOTE_INTERVAL + BUSY)
+        keys: Any = TinyKeys(victim.state)
+        uuid = keys.registry.lookup(victim.sealed).image_uuid
+        sequence = mount.status()["images"][0]["sequence"]
+        wait_for(lambda: keys.ledger.find(uuid).sequence == sequence, "it is noted again")
         mount.kill()
-    keys: Any = TinyKeys(victim.state)
-    entry = keys.registry.lookup(victim.sealed)
-    noted = keys.ledger.find(entry.image_uuid)
     image = open_offline(victim.state, victim.sealed)
     assert image.read(0, 6) == b"after!"
-    assert image.progress.sequence == noted.sequence
+    assert image.progress.sequence == sequence
     image.abandon()

@@ -11,6 +11,7 @@ import random
 import shutil
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +156,23 @@ def test_shared_and_private_mappings(disk: Path) -> None:
             assert private[4090:4100] == b"0123456789"
             private[4090:4100] = b"xxxxxxxxxx"
         assert os.pread(file.fileno(), 10, 4090) == b"0123456789"
+
+
+def test_a_mapping_is_written_back_through_a_direct_handle(disk: Path) -> None:
+    """The kernel writes pages back through any handle, with the pages locked meanwhile."""
+    script = """if True:
+        import mmap, os, sys
+        direct = os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT)
+        mapping = mmap.mmap(direct, 8192)
+        buffered = os.open(sys.argv[1], os.O_RDONLY)
+        for number in range(20):
+            mapping[:5] = b"%05d" % number
+            mapping.flush()
+            assert os.pread(buffered, 5, 0) == b"%05d" % number
+    """
+    # In a process of its own: where this goes wrong, it cannot even be killed.
+    process = subprocess.Popen([sys.executable, "-c", script, disk])
+    assert process.wait(timeout=20) == 0
 
 
 def test_append_truncate_grow_and_shrink(mount: Mounted) -> None:

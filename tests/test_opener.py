@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mount_support import TinyKeys
+from mount_support import TinyKeys, opened_by
 
-from sealfs.errors import AlreadyExists, ForeignImage, NotFound, SealfsError
+from sealfs.errors import AlreadyExists, Busy, ForeignImage, NotFound, SealfsError
 from sealfs.image.cache import BlockCache
 from sealfs.keys.statedir import StateDir
 from sealfs.mount import opener as opener_module
@@ -63,14 +63,14 @@ class Place:
     def make(self, name: str, content: bytes) -> None:
         path = self.images / f"{name}.sealed"
         self.opener.create(path, name, OWNER)
-        image = self.opener.open(path).image
+        image = opened_by(self.opener, path)
         image.write(0, content)
         image.close()
 
     def content(self, name: str) -> bytes | None:
         """Return what the image says; None where there is none."""
         try:
-            image = self.opener.open(self.images / f"{name}.sealed").image
+            image = opened_by(self.opener, self.images / f"{name}.sealed")
         except NotFound:
             return None
         try:
@@ -246,3 +246,29 @@ def test_what_is_being_made_is_not_swept(tmp_path: Path) -> None:
     assert opener_module.sweep(tmp_path) == 1
     with pytest.raises(SealfsError):
         FileStorage.open(stray)
+
+
+def test_a_copy_of_an_image_in_use_does_not_open(tmp_path: Path) -> None:
+    """Whatever the registry says of it: two writers of one uuid would part ways."""
+    place = Place(tmp_path)
+    place.make("a", b"one")
+    path, copy = place.images / "a.sealed", place.images / "copy.sealed"
+    copy.write_bytes(path.read_bytes())
+    keys = TinyKeys(place.state)
+    entry = keys.registry.lookup(path)
+    assert entry is not None
+    keys.registry.add(copy, entry.image_uuid, entry.vm_id)
+    readers = Opener(keys, BlockCache(4 << 20, 4 << 20), read_only=True)
+    opened = place.opener.open(path)
+    for other in (place.opener, readers):
+        with pytest.raises(Busy, match="as a copy"):
+            other.open(copy)
+    opened.image.close()
+    opened.lock.close()
+    first, second = readers.open(path), readers.open(copy)
+    with pytest.raises(Busy, match="in use by another"):
+        place.opener.open(path)
+    for each in (first, second):
+        each.image.close()
+        each.lock.close()
+    opened_by(place.opener, copy).close()

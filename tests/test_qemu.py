@@ -720,6 +720,7 @@ def test_every_cache_mode_and_way_of_io(place: Place, tmp_path: Path) -> None:
             assert sealed_content(place, path, tmp_path / f"{name}.sealed") == expected, name
 
 
+@with_lane
 def test_a_buffered_reader_sees_what_an_asynchronous_direct_writer_wrote(place: Place) -> None:
     """The reader has the disk open all the time; on ext4 it sees every write that is complete."""
     path = place / "vm.raw"

@@ -54,3 +54,5 @@ def _resize(settings: Settings, path: Path, size: int, *, may_shrink: bool) -> N
             # Killed before: the old size or the new one, the other bytes as they were.
             opened.image.abandon()
             wipe(opened.image_key)
+            if opened.lock is not None:
+                opened.lock.close()

@@ -100,6 +100,8 @@ def opened(settings: Settings, place: Place, keys: KeyService) -> Iterator[Seale
         stack.callback(storage.close)
         identity = read_identity(storage)
         check_registered(place.sealed, identity, keys)
+        lock = keys.lock_image(place.sealed, identity.uuid, shared=True)
+        stack.callback(lock.close)
         known = freshness.witness(place.sealed, identity.uuid, keys.ledger)
         with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
             image = open_with(storage, identity, vm_key, known)
@@ -108,6 +110,7 @@ def opened(settings: Settings, place: Place, keys: KeyService) -> Iterator[Seale
         yield image
     finally:
         image.abandon()
+        lock.close()
 
 
 def open_with(

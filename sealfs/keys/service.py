@@ -34,7 +34,7 @@ from sealfs.keys.ledger import Ledger
 from sealfs.keys.records import KeyRecord, Origin, TpmSlot
 from sealfs.keys.registry import Registry
 from sealfs.keys.reports import InitReport, KeyInfo, SlotReport
-from sealfs.keys.statedir import LEDGER_FILE
+from sealfs.keys.statedir import LEDGER_FILE, ImageLock
 from sealfs.keys.vault import Vault
 from sealfs.keys.vmkey import VmKey
 
@@ -112,6 +112,14 @@ class KeyService:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def lock_image(self, subject: object, image_uuid: bytes, *, shared: bool) -> ImageLock:
+        """Lock an image by its uuid, so that no copy of it is opened beside it.
+
+        Raises:
+            Busy: another process has the image, or a copy of it, open.
+        """
+        return self._state.lock_image(subject, image_uuid, shared=shared)
 
     # Making and getting keys
 

@@ -42,6 +42,8 @@ LOCK_POLL_S: Final = 0.005
 
 KEYS_DIRECTORY: Final = "keys"
 TPM_DIRECTORY: Final = "tpm"
+IMAGES_DIRECTORY: Final = "images"
+"""One empty file for each image that was ever open here, to be locked."""
 HOST_FILE: Final = "host.record"
 HOST_PENDING_FILE: Final = "host.pending"
 REGISTRY_FILE: Final = "registry"
@@ -54,6 +56,19 @@ TEMPORARY_PREFIX: Final = ".new-"
 def record_name(kmi: str) -> str:
     """Return the file name for a KMI; a hash, so that no caller's text reaches a path."""
     return hashlib.sha256(labels.RECORD_NAME + kmi.encode("utf-8")).hexdigest()[:32] + RECORD_SUFFIX
+
+
+class ImageLock:
+    """Says that an image is in use on this host, whatever file it was opened by; see `close`."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def close(self) -> None:
+        """Let go of it; more than once does no harm."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 class HeldLock:
@@ -114,6 +129,35 @@ class StateDir:
         if mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise UsageError(path, f"others may write to it (mode {mode & 0o777:o}, wanted 700)")
         return state
+
+    def lock_image(self, subject: object, image_uuid: bytes, *, shared: bool) -> ImageLock:
+        """Lock an image by its uuid: two files may be copies of one image.
+
+        Args:
+            subject: how messages name the image.
+            image_uuid: from its identity.
+            shared: for reading, beside others who read.
+
+        Raises:
+            Busy: another process has the image, or a copy of it, open.
+        """
+        directory = self.path / IMAGES_DIRECTORY
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(directory / image_uuid.hex(), flags, 0o600)
+        except FileNotFoundError:
+            raise HostNotInitialised(self.path, "the state directory is gone") from None
+        except OSError as error:
+            raise StorageFailed(directory, f"cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno == errno.EAGAIN:
+                raise Busy(subject, "is in use by another sealfs process, as a copy") from None
+            raise StorageFailed(directory, f"cannot lock: {error.strerror}") from error
+        return ImageLock(descriptor)
 
     @property
     def tpm_directory(self) -> Path:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sealfs.image.check import Part
     from sealfs.image.format import Anchor
     from sealfs.image.image import SealedImage
+    from sealfs.keys.statedir import ImageLock
 
 CHECK_GROUPS = 4  # verified in one go: 2 MiB, some milliseconds in which no flush begins
 LOCK_WAIT = 5.0  # seconds for another process to let go of an image
@@ -61,12 +62,14 @@ class Opened(NamedTuple):
     """An image just opened. The image reads `image_key` as long as it is open; wiped after that.
 
     `fd` is the sealed file's, the image's own: good for fstat and the like as long as it is open.
+    `lock` keeps copies of the image from being opened; let go of after closing.
     """
 
     image: SealedImage
     vm_id: str
     image_key: bytearray
     fd: int
+    lock: ImageLock | None = None
 
 
 class ImageOpener(Protocol):
@@ -119,6 +122,7 @@ class Disk:
         self._on_durable = on_durable
         self._on_closing = on_closing
         self._image_key = bytearray()
+        self._lock: ImageLock | None = None
         self._next_flush: _Flush | None = None
 
     @property
@@ -253,7 +257,7 @@ class Disk:
                         raise
                     await trio.sleep(LOCK_RETRY)
                 else:
-                    self.image, self.vm_id, self._image_key, self.fd = opened
+                    self.image, self.vm_id, self._image_key, self.fd, self._lock = opened
                     self.noted = self.noting = None
                     self.is_unlinked = False
 
@@ -292,6 +296,8 @@ class Disk:
             self.fd = -1
             self.is_closing = False
             self._image_key[:] = bytes(len(self._image_key))
+            if self._lock is not None:
+                self._lock.close()
 
 
 class Disks:
@@ -347,9 +353,10 @@ class Disks:
         """
         disk = self._disks.get(key)
         if disk is None:
-            disk = self._disks[key] = Disk(
-                key, path, self.workers, self._on_durable, self._note_at_close
-            )
+            for other in [d for d in self._disks.values() if d.path == path and not d.handles]:
+                await self.close_idle(other.key)  # replaced from outside: it is in nobody's way
+            fresh = Disk(key, path, self.workers, self._on_durable, self._note_at_close)
+            disk = self._disks.setdefault(key, fresh)
         disk.handles += 1
         try:
             if disk.image is None or disk.is_closing:
@@ -367,7 +374,7 @@ class Disks:
         disk.handles -= 1
         if disk.handles == 0:
             disk.idle_since = time.monotonic()
-            self._start(self._settle, disk)
+            self.start(self._settle, disk)
 
     def unlinked(self, key: FileKey) -> None:
         """Note that a sealed file has lost its name; whoever has it open keeps it until closed."""
@@ -376,7 +383,7 @@ class Disks:
             disk.is_unlinked = True
             disk.path = deleted(disk.path)
             if disk.handles == 0:
-                self._start(self._settle, disk)
+                self.start(self._settle, disk)
 
     async def close_idle(self, key: FileKey) -> bool:
         """Close the image of a sealed file now; False if it has open handles."""
@@ -409,7 +416,7 @@ class Disks:
         """Note that a write was accepted: over half of the cache dirty, flush behind it."""
         if self.cache.dirty_size > self._dirty_half and not self._relieving:
             self._relieving = True
-            self._start(self._relieve)
+            self.start(self._relieve)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep house until cancelled: commit timer, checkpoints of quiet disks, idle closing."""
@@ -562,7 +569,7 @@ class Disks:
         self._waiting += 1
         if not self._relieving:
             self._relieving = True
-            self._start(self._relieve)
+            self.start(self._relieve)
         await self._room.wait()
 
     def _dirtiest(self) -> Disk | None:
@@ -581,7 +588,8 @@ class Disks:
     def _report(self, disk: Disk, exc: Exception) -> None:
         self.failures.errno_of(exc, image=str(disk.path), vm_id=disk.vm_id)
 
-    def _start(self, action: Callable[..., Awaitable[None]], *args: object) -> None:
+    def start(self, action: Callable[..., Awaitable[None]], *args: object) -> None:
+        """Run something in the background, for as long as the mount is served."""
         if self._nursery is not None:
             self._nursery.start_soon(action, *args)
 

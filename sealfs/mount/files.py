@@ -2,7 +2,9 @@
 
 Whatever a handler raises becomes an errno (failures.py): one failing request never ends the mount.
 Without the lane a write's own flags are not visible (pyfuse3 drops them): O_DSYNC of the handle is
-honoured, RWF_DSYNC of an asynchronous direct write is not; fallocate and lseek do not exist.
+honoured, RWF_DSYNC of an asynchronous direct write is not (with `direct_io` each write is durable);
+who reads beside an asynchronous direct writer may see the old content for a moment; fallocate and
+lseek do not exist.
 
 Concurrency: each request is a task of the trio thread; whatever asks the file system or the key
 service runs in a worker thread.
@@ -100,12 +102,13 @@ class Files(pyfuse3.Operations):
         handle = self._handle(fh)
         if not handle.is_writable:
             raise pyfuse3.FUSEError(errno.EBADF)
-        await self._served(
-            handle.disk,
-            self._disks.write(handle.disk, off, buf, durable=handle.is_synchronous),
-        )
+        # Of a write past the page cache the kernel asks no fsync for RWF_DSYNC, and its flags are
+        # not to be seen here.
+        durable = handle.is_synchronous or self._options.direct_io
+        await self._served(handle.disk, self._disks.write(handle.disk, off, buf, durable=durable))
         if handle.is_direct and handle.disk.buffered_handles:
-            await drop_pages(self._device_fd, handle.inode, off, len(buf))
+            # Not before the answer: this may be the page cache's own write, with pages locked.
+            self._disks.start(drop_pages, self._device_fd, handle.inode, off, len(buf))
         return len(buf)
 
     @guarded

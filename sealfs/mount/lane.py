@@ -40,6 +40,7 @@ from sealfs.mount.protocol import (
     OUT_HEADER,
     READ_IN,
     READ_START,
+    WRITE_CACHE,
     WRITE_DATA,
     WRITE_OUT,
     WRITE_START,
@@ -50,6 +51,7 @@ from sealfs.mount.relay import Relay
 
 SPIN_NS = 30_000  # how long to poll before waiting: a wake-up through epoll costs about that
 SPIN_OFF_NS = 1_000_000  # no request for so long: the guest is idle, waiting is free
+DROP_PAGES_WAIT = 0.1  # seconds that a direct write beside buffered readers may be held up
 YIELD_EVERY = 64  # requests served in a row
 BUFFER_SIZE = (1 << 20) + (64 << 10)  # max_write 1 MiB and headers
 REQUEST_SIZE_MAX = 1 << 20
@@ -216,7 +218,7 @@ class Lane:
         if count < WRITE_DATA:
             self._pass_on(count)
             return
-        fh, offset, size, _, _, flags = WRITE_START.unpack_from(self._buffer, BODY)
+        fh, offset, size, kind, _, flags = WRITE_START.unpack_from(self._buffer, BODY)
         handle = self._handles.get(fh)
         if handle is None or not handle.is_writable:
             self._answer_error(unique, errno.EBADF)
@@ -231,7 +233,7 @@ class Lane:
                 self._fail(unique, disk, exc)
                 return
             durable = bool(flags & SYNC_FLAGS) or handle.is_synchronous
-            if disk.buffered_handles and flags & os.O_DIRECT:
+            if disk.buffered_handles and flags & os.O_DIRECT and not kind & WRITE_CACHE:
                 rest = None if accepted else bytearray(data)
                 args = (handle, offset, size, rest, durable)
                 self._start(unique, disk, self._write_beside_readers, *args)
@@ -419,8 +421,10 @@ async def drop_pages(device_fd: int, inode: int, offset: int, size: int) -> None
             os.write(device_fd, notice)
 
     # In no worker of ours: it waits for pages that are being read, and those reads may need one.
-    # Abandoned when the mount ends, since then nobody answers them.
-    await trio.to_thread.run_sync(write, abandon_on_cancel=True)
+    # And not for ever: the pages may be locked by a write that waits for this very answer, or the
+    # mount ends and nobody answers. Then they are dropped a moment later.
+    with trio.move_on_after(DROP_PAGES_WAIT):
+        await trio.to_thread.run_sync(write, abandon_on_cancel=True)
 
 
 def _written(size: int) -> bytes:

@@ -40,6 +40,7 @@ from sealfs.mount.names import SUFFIX, Ownership, sync_directory
 
 if TYPE_CHECKING:
     from sealfs.image.cache import BlockCache
+    from sealfs.keys.statedir import ImageLock
 
 IMAGE_KEY_SIZE = 32  # AES-256
 _PEEKS_MAX = 4096  # sizes remembered
@@ -104,6 +105,7 @@ class Keys(Protocol):
     def unseal(self, kmi: str, vm_id: str) -> VmKey: ...
     def ensure(self, vm_id: str) -> VmKey: ...
     def random(self, size: int) -> bytes: ...
+    def lock_image(self, subject: object, image_uuid: bytes, *, shared: bool) -> ImageLock: ...
 
 
 class Opener:
@@ -133,29 +135,27 @@ class Opener:
             RolledBack: the image is older than the host knows it, or the host's ledger is.
             FormatError, IntegrityError, StorageFailed: the image itself.
         """
-        storage = FileStorage.open(path, read_only=self._read_only)
-        try:
+        with contextlib.ExitStack() as undo:
+            storage = FileStorage.open(path, read_only=self._read_only)
+            undo.callback(storage.close)
             identity = read_identity(storage)
             self._remember(path, identity.vm_id)
             self._keys.registry.check(path, identity.uuid, identity.vm_id)
+            lock = self._keys.lock_image(path, identity.uuid, shared=self._read_only)
+            undo.callback(lock.close)
             key = self._image_key(path, identity)
-            try:
-                if not self._read_only:
-                    self._keys.ledger.begin()
-                image = SealedImage.open(
-                    storage,
-                    image_key=key,
-                    cache=self._cache,
-                    read_only=self._read_only,
-                    witness=witness(path, identity.uuid, self._keys.ledger),
-                )
-            except BaseException:
-                wipe(key)
-                raise
-        except BaseException:
-            storage.close()
-            raise
-        return Opened(image, identity.vm_id, key, storage.fileno())
+            undo.callback(wipe, key)
+            if not self._read_only:
+                self._keys.ledger.begin()
+            image = SealedImage.open(
+                storage,
+                image_key=key,
+                cache=self._cache,
+                read_only=self._read_only,
+                witness=witness(path, identity.uuid, self._keys.ledger),
+            )
+            undo.pop_all()
+        return Opened(image, identity.vm_id, key, storage.fileno(), lock)
 
     def note(self, images: Mapping[bytes, Anchor]) -> None:
         """Note in the host's ledger how far images have come, by uuid; durable on return.

@@ -94,6 +94,7 @@ _BACKGROUND = struct.Struct("=HH")
 _BACKGROUND_OFFSET = OUT_HEADER.size + 16
 _INIT_FLAGS_OFFSET = OUT_HEADER.size + 12
 NOTIFY_INVAL_INODE = 2
+WRITE_CACHE = 1  # in write_flags: from the page cache, later, through any handle
 _INVAL_INODE_OUT = struct.Struct("=Qqq")  # inode, offset (negative: attributes alone), length
 _U32 = struct.Struct("=I")
 _REPLY_SMALL = 4096  # entry, attr, statfs, open...: all far below
