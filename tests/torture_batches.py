@@ -1,0 +1,239 @@
+"""Crash states and tampers by the million, in batches that can be repeated one by one.
+
+    tools/torture crash --states 1000000          random workloads of three operations and more
+    tools/torture tamper --tampers 200000         random alterations of every structure
+    tools/torture crash --replay 17               one batch again: must give the same digest
+
+A batch is made from its number alone. What was done is kept beside (`--state`), so that a run may
+be ended at any moment and goes on where it was; `--summary FILE` writes what was reached. A state
+counts once, whatever its seed: by workload, crash point and fate of each pending sector.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import test_crash
+import test_tamper
+from crash_support import LETTERS, PREFIXES, SMALL_COMMIT_BLOCKS, Lab, Recipe, set_limit
+
+ROOT = Path(__file__).resolve().parent.parent
+STATES_IN_BATCH = 1000
+TAMPERS_IN_BATCH = 1000
+LETTERS_MAX = 6
+FAULTS = ("", "", "", "", "kill", "eio", "short")
+REPORT_EVERY = 10.0  # seconds
+
+
+@dataclass
+class Batch:
+    """What one batch reached."""
+
+    number: int
+    figures: Counter[str] = field(default_factory=Counter)
+    keys: list[int] = field(default_factory=list)
+    """A hash for each thing tried, to count it once."""
+    seconds: float = 0.0
+
+    @property
+    def digest(self) -> str:
+        """Return what must be the same when the batch is run again."""
+        figures = json.dumps(sorted(self.figures.items()))
+        keys = array("Q", sorted(self.keys)).tobytes()
+        return hashlib.sha256(figures.encode() + keys).hexdigest()[:16]
+
+
+def crash_batch(number: int) -> Batch:
+    """Run random workloads until a thousand crash states were examined."""
+    set_limit("SMALL_COMMIT_BLOCKS", SMALL_COMMIT_BLOCKS)
+    began = time.perf_counter()
+    rng = random.Random(f"torture crash {number}")
+    lab = Lab(seed=number, cap_point=6, inner=0.05, later=0.05, again=0.1)
+    faults = 0
+    while lab.figures["states"] + lab.figures["states inside recovery"] < STATES_IN_BATCH:
+        letters = "".join(rng.choices(LETTERS, k=rng.randint(3, LETTERS_MAX)))
+        fault = rng.choice(FAULTS)
+        recipe = Recipe(number, rng.choice(list(PREFIXES)), letters.rstrip("f") or "w")
+        if fault:
+            faults += 1
+            recipe = replace(recipe, fault=fault, fault_at=rng.randint(1, 30))
+        test_crash.run(lab, recipe)
+    batch = Batch(number, Counter(lab.figures))
+    batch.figures["nonces"] = len(lab.nonces)
+    batch.keys = [key_of(str(replace(recipe, seed=0))) for recipe in lab.seen]
+    batch.seconds = time.perf_counter() - began
+    return batch
+
+
+def tamper_batch(number: int) -> Batch:
+    """Alter, a thousand times, one to three things, and judge what comes of it."""
+    began = time.perf_counter()
+    rng = random.Random(f"torture tamper {number}")
+    states, older = test_tamper.history(test_tamper.IDENTITY)
+    others, _ = test_tamper.history(test_tamper.OTHER)
+    batch = Batch(number)
+    while batch.figures["tampers"] < TAMPERS_IN_BATCH:
+        name = rng.choice(list(states))
+        state = states[name]
+        raw = bytearray(state.raw)
+        label, kinds = name, test_tamper.KINDS
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            structure = rng.choice([each for each, spans in state.spans.items() if spans])
+            kind = rng.choice(kinds)
+            altered = test_tamper.tampered(
+                rng, replace(state, raw=bytes(raw)), structure, kind, others=others[name],
+                older=older,
+            )  # fmt: skip
+            if altered is not None:
+                raw = altered
+                label += f" {structure}/{kind}"
+            if len(raw) < len(state.raw):
+                break
+            # Two replays at once may be a whole older state, which is another test's.
+            kinds = ("flip", "zero", "punch")
+        if raw == state.raw:
+            continue
+        right = test_tamper.verdict(state, raw)
+        outcome = test_tamper.judge(raw, right, label=f"batch {number}: {label}")
+        batch.figures["tampers"] += 1
+        batch.figures[outcome] += 1
+        batch.keys.append(key_of(name + hashlib.sha256(raw).hexdigest()))
+    batch.seconds = time.perf_counter() - began
+    return batch
+
+
+def key_of(text: str) -> int:
+    """Return 64 bits that stand for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+JOBS: dict[str, tuple[Callable[[int], Batch], str]] = {
+    "crash": (crash_batch, "states"),
+    "tamper": (tamper_batch, "tampers"),
+}
+
+
+class Progress:
+    """What a job has reached, on disk after each batch."""
+
+    def __init__(self, path: Path, job: str) -> None:
+        self._path = path
+        self._keys_path = path.with_suffix(".keys")
+        self.job = job
+        self.document: dict[str, Any] = {
+            "job": job, "commit": commit(), "figures": {}, "distinct": 0, "seconds": 0.0,
+            "digests": {},
+        }  # fmt: skip
+        self.keys: set[int] = set()
+        if path.exists():
+            kept = json.loads(path.read_text())
+            if kept["job"] != job:
+                sys.exit(f"{path} is of another job: {kept['job']}")
+            self.document = kept
+            found = array("Q")
+            found.frombytes(self._keys_path.read_bytes())
+            self.keys = set(found)
+
+    def add(self, batch: Batch) -> None:
+        """Take a finished batch into account."""
+        figures = Counter(self.document["figures"])
+        figures.update(batch.figures)
+        self.keys.update(batch.keys)
+        self.document["figures"] = dict(sorted(figures.items()))
+        self.document["distinct"] = len(self.keys)
+        self.document["seconds"] = round(self.document["seconds"] + batch.seconds, 1)
+        self.document["digests"][str(batch.number)] = batch.digest
+        self.document["until"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+    def save(self) -> None:
+        """Write it down; a run that is ended goes on from here."""
+        for path, content in (
+            (self._keys_path, array("Q", sorted(self.keys)).tobytes()),
+            (self._path, json.dumps(self.document, indent=1).encode()),
+        ):
+            temporary = path.with_suffix(".new")
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+
+    def wanted(self) -> Iterator[int]:
+        """Yield the numbers of batches that were not run yet, without an end."""
+        number = 0
+        while True:
+            if str(number) not in self.document["digests"]:
+                yield number
+            number += 1
+
+    def line(self) -> str:
+        """Return where it is."""
+        figures = ", ".join(f"{count} {name}" for name, count in self.document["figures"].items())
+        return f"{self.job}: {self.document['distinct']} distinct; {figures}"
+
+
+def commit() -> str:
+    """Return what is tested."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def main() -> int:
+    """Run a job until it has reached what was asked for."""
+    parser = argparse.ArgumentParser(prog="tools/torture")
+    parser.add_argument("job", choices=JOBS)
+    parser.add_argument("--states", "--tampers", dest="wanted", type=int, default=10_000)
+    parser.add_argument("--state", type=Path, help="Where the progress is kept.")
+    parser.add_argument("--summary", type=Path, help="Write what was reached, as JSON.")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--replay", type=int, metavar="BATCH")
+    chosen = parser.parse_args()
+    run, _ = JOBS[chosen.job]
+    path = chosen.state or ROOT / ".scratch" / f"torture-{chosen.job}.json"
+    path.parent.mkdir(exist_ok=True)
+    progress = Progress(path, chosen.job)
+    if chosen.replay is not None:
+        batch = run(chosen.replay)
+        known = progress.document["digests"].get(str(chosen.replay))
+        print(f"batch {chosen.replay}: {batch.digest}, {dict(batch.figures)}; was {known}")
+        return 0 if known in (None, batch.digest) else 1
+    if progress.document["commit"] != commit():
+        print(f"note: began on {progress.document['commit']}, this is {commit()}", file=sys.stderr)
+    reported = time.monotonic()
+    with multiprocessing.get_context("fork").Pool(chosen.processes) as pool:
+        numbers = progress.wanted()
+        waiting: list[Any] = []
+        with contextlib.suppress(KeyboardInterrupt):
+            while progress.document["distinct"] < chosen.wanted:
+                while len(waiting) < chosen.processes + 1:
+                    waiting.append(pool.apply_async(run, (next(numbers),)))
+                progress.add(waiting.pop(0).get())
+                progress.save()
+                if time.monotonic() - reported >= REPORT_EVERY:
+                    reported = time.monotonic()
+                    print(progress.line(), file=sys.stderr)
+        pool.terminate()
+    print(progress.line())
+    if chosen.summary is not None:
+        chosen.summary.write_text(json.dumps(progress.document, indent=1) + "\n")
+    return 0 if progress.document["distinct"] >= chosen.wanted else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
