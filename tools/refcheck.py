@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 PAGE = 4096
 NO_MAC = bytes(24)
 HOLE = bytes(32)
+LOST = bytes(28) + b"\1" + bytes(3)  # a block that never opens: there is no epoch 0
 
 
 class Shape(NamedTuple):
@@ -140,6 +141,7 @@ class Checker:
         # The tree: columns of each node that is there, as it stands now.
         self.macs: dict[tuple[int, int], bytearray] = {}
         self.slots: dict[int, bytearray] = {}
+        self.has_lost = False  # a leaf page that a record needs is damaged
         self.places: dict[int, int] = {}  # group -> hinted place of its leaf
         self.stale: set[int] = set()  # level-1 nodes to be computed again
         self.leaves: dict[int, bytearray] = {}  # leaves that records have touched
@@ -557,7 +559,7 @@ class Replay(Checker):
         for index, (block, entry) in enumerate((*record.direct, *record.inline)):
             position = index - len(record.direct)
             self.note_nonce(name, block, entry)
-            touched.add(self.set_entry(block, entry, name))
+            touched.add(self.set_entry(block, entry, name, old_size))
             self.inline.pop(block, None)
             if position >= 0:
                 self.inline[block] = record.payload_offset + position * PAGE
@@ -565,24 +567,38 @@ class Replay(Checker):
         if record.size < old_size:
             ranges.insert(0, (-(-record.size // PAGE), self.capacity))
         for first, end in ranges:
-            touched |= self.make_holes(first, min(end, self.capacity))
+            touched |= self.make_holes(first, min(end, self.capacity), old_size)
         for group in touched:
             leaf, found = self.leaves.get(group), self.group(group)
             if leaf is not None and found is not None:
                 self.set_group(group, self.mac24(b"SEALLEF", 0, group, leaf), found[1])
-        if record.flags & 2 and self.compute_root(record.size) != record.root_mac:
+        if (
+            record.flags & 2
+            and not self.has_lost
+            and self.compute_root(record.size) != record.root_mac
+        ):
             self.error(f"{name}: the tree after it does not match its root")
 
-    def set_entry(self, block: int, entry: bytes, name: str) -> int:
+    def set_entry(self, block: int, entry: bytes, name: str, size: int) -> int:
         group, index = divmod(block, self.blocks_per_group)
-        leaf = self.leaf(group) if block < self.capacity else None
+        leaf = self.leaf_or_lost(group, size) if block < self.capacity else None
         if leaf is None:
             raise Refused(f"{name}: block {block} has no readable leaf")
         leaf[32 * index : 32 * index + 32] = entry
         self.leaves[group] = leaf
         return group
 
-    def make_holes(self, first: int, end: int) -> set[int]:
+    def leaf_or_lost(self, group: int, size: int) -> bytearray | None:
+        """Return a group's leaf; one that is damaged becomes one of lost blocks (section 9, 6)."""
+        leaf = self.leaf(group)
+        if leaf is None and self.group(group) is not None:
+            b = self.blocks_per_group
+            count = min(max(-(-size // PAGE) - group * b, 0), b)
+            self.has_lost = True
+            leaf = bytearray((LOST * count).ljust(PAGE, b"\0"))
+        return leaf
+
+    def make_holes(self, first: int, end: int, size: int) -> set[int]:
         """Make one run holes: groups wholly in it lose their slot; return the others."""
         b = self.blocks_per_group
         groups = set()
@@ -594,7 +610,7 @@ class Replay(Checker):
                 self.set_group(group, NO_MAC, 0)
                 self.leaves.pop(group, None)
                 continue
-            leaf = self.leaf(group)
+            leaf = self.leaf_or_lost(group, size)
             if leaf is None:
                 raise Refused(f"leaf of group {group} is needed to make holes")
             leaf[32 * low : 32 * high] = bytes(32 * (high - low))
@@ -659,6 +675,9 @@ class Replay(Checker):
                 self.report.blocks[block] = plain
 
     def unique_nonce(self, block: int, entry: bytes, *, keep: bool) -> None:
+        if entry == LOST:
+            self.error(f"block {block} is lost: its leaf page was damaged")
+            return
         epoch, counter, tag, flags = ENTRY.unpack(entry)
         if flags != 1 or epoch not in self.rows:
             self.error(f"entry of block {block}: flags {flags:#x}, epoch {epoch}")

@@ -44,6 +44,8 @@ TREE_MAC_SIZE: Final = 24
 ANCHOR_COUNT: Final = 8
 NO_MAC: Final = bytes(TREE_MAC_SIZE)
 HOLE: Final = bytes(ENTRY_SIZE)
+LOST: Final = bytes(28) + b"\1" + bytes(3)
+"""An entry that says a block is there and never opens: there is no epoch 0."""
 PRESENT: Final = 1
 
 _SUPERBLOCK: Final = struct.Struct("<8sII16sQQHHBBBBII24sIBBHIIQ32s32s192s112s32s")

@@ -122,6 +122,11 @@ class SealedImage:
         return self._volume.journal.tail.sequence
 
     @property
+    def lost_groups(self) -> list[int]:
+        """Groups whose leaf page this open found damaged, where the journal had changes of it."""
+        return self._volume.lost_groups
+
+    @property
     def slot_size(self) -> int:
         """Bytes of the file that a group takes, its leaf pages included."""
         return self._geometry.slot_size
@@ -179,6 +184,7 @@ class SealedImage:
             "slots_used": volume.allocator.busy_count,
             "slot_size": volume.geometry.slot_size,
             "poisoned": self.poisoned,
+            "lost_groups": list(volume.lost_groups),
         }
 
     @property

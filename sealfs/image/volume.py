@@ -28,6 +28,7 @@ from sealfs.image.cipher import (
 from sealfs.image.format import (
     ANCHOR_COUNT,
     HOLE,
+    LOST,
     SUPERBLOCK_SIZE,
     Anchor,
     Superblock,
@@ -94,6 +95,10 @@ class Volume:
         )
         slot_count = self.geometry.slot_count_of(storage.size())
         self.allocator = Allocator(slot_count, self.geometry.chunk_nodes)
+        self.recovering = False
+        """Whether an open applies records: a damaged leaf page costs its group alone."""
+        self.lost_groups: list[int] = []
+        """Groups whose leaf page was damaged where a record needed it."""
         self.pins: tuple[Anchor, ...] = ()
         """States that somebody remembers, or is about to: every superblock names them."""
         self.inline: dict[int, int] = {}
@@ -131,9 +136,24 @@ class Volume:
         leaf = self.tree.leaf(group)
         while leaf is None:
             source = self.tree.leaf_source(group)
-            page, place = self.read_leaf(group, source)
+            try:
+                page, place = self.read_leaf(group, source)
+            except BlockDamaged:
+                if not self.recovering:
+                    raise
+                page, place = self._lost_leaf(group), source[1] & 1
+                self.lost_groups.append(group)
             leaf = self.tree.admit_leaf(group, page, place, source[2])
         return leaf
+
+    def _lost_leaf(self, group: int) -> bytes:
+        """Return a leaf page in place of a damaged one: its blocks are there and never open.
+
+        The records that recovery applies then say what is known since (FORMAT.md 9).
+        """
+        first = group * self.geometry.group_blocks
+        count = min(block_count_of(self.size) - first, self.geometry.group_blocks)
+        return (LOST * max(count, 0)).ljust(BLOCK_SIZE, b"\0")
 
     # -- applying records
 

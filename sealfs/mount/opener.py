@@ -16,6 +16,7 @@ is changed; only others of these wait for it. Opening takes no lock of ours.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import stat
@@ -41,6 +42,8 @@ from sealfs.mount.names import SUFFIX, Ownership, sync_directory
 if TYPE_CHECKING:
     from sealfs.image.cache import BlockCache
     from sealfs.keys.statedir import ImageLock
+
+log = logging.getLogger("sealfs.mount")
 
 IMAGE_KEY_SIZE = 32  # AES-256
 _PEEKS_MAX = 4096  # sizes remembered
@@ -155,6 +158,13 @@ class Opener:
                 witness=witness(path, identity.uuid, self._keys.ledger),
             )
             undo.pop_all()
+        for group in image.lost_groups:
+            first = group * image.group_size
+            log.error(
+                'image="%s" vm="%s" leaf page of group %d is damaged: bytes %d to %d of the disk '
+                "are lost, but for what was written last",
+                path, identity.vm_id, group, first, first + image.group_size - 1,
+            )  # fmt: skip
         return Opened(image, identity.vm_id, key, storage.fileno(), lock)
 
     def note(self, images: Mapping[bytes, Anchor]) -> None:
