@@ -373,6 +373,8 @@ class Lab:
             raise self.fail(recipe, f"sealfs and refcheck read different content: {complaint}")
         if image.root_mac != root:
             raise self.fail(recipe, "sealfs and refcheck have different roots")
+        if image.lost_groups:
+            raise self.fail(recipe, f"leaf pages of groups {image.lost_groups} are lost")
         image.abandon()
         if self.only is not None or rng.random() < self.again:
             self.cut_again(crashed, recipe, content, memory)

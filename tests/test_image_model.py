@@ -108,6 +108,9 @@ class ImageMachine(RuleBasedStateMachine):
         for block in touched:
             self.versions.setdefault(block, [self.block(block)])
         if end > len(self.model):
+            # One larger than the dirty cache is taken, and made durable, in parts.
+            begin = max(offset, len(self.model)) // PAGE * PAGE + PAGE
+            self.sizes.extend(range(begin, end, PAGE))
             self.model.extend(bytes(end - len(self.model)))
         self.model[offset:end] = data
         self.sizes.append(len(self.model))

@@ -598,7 +598,8 @@ class SealedImage:
                     break
                 self.flush()
             else:
-                raise AssertionError("a flushed cache takes a write")
+                # Other images hold the whole cache.
+                raise Busy(self.path, "the dirty cache stays full")
             at = stop
 
     def flush(self) -> None:

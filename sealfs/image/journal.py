@@ -180,8 +180,6 @@ def _payload_opens(
 ) -> bool:
     for i, block in enumerate(record.inline_blocks):
         sealed = bytearray(read(payload_page + i, 1)) + bytes(TAG_SIZE)
-        if len(sealed) != BLOCK_SIZE + TAG_SIZE:
-            return False
         nonce, tag, _ = ENTRY_PARTS.unpack_from(record.inline_entries, i * ENTRY_SIZE)
         try:
             cipher.open_block(block, sealed, nonce, tag)

@@ -228,6 +228,9 @@ class FileStorage:
             done += count
             if count == 0 or done % mmap.PAGESIZE:
                 break
+        if done < min(size, self.size() - offset):
+            # Not the file's end: a journal read so would look as if its records were not there.
+            raise StorageFailed(self.path, f"read at offset {offset} gave {done} of {size} bytes")
         return buffer[:done]
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:

@@ -180,12 +180,11 @@ class Tree:
 
     def groups(self, first: int = 0) -> Iterator[int]:
         """Yield the groups that have a slot, ascending, from `first` on."""
-        for index in sorted(self.nodes[1]):
+        nodes = self.nodes[1].copy()  # a worker may take emptied ones out meanwhile
+        for index in sorted(nodes):
             if (index + 1) * self._fanout <= first:
                 continue
-            node = self.nodes[1].get(index)
-            if node is None:
-                continue
+            node = nodes[index]
             for i in range(max(0, first - index * self._fanout), self._fanout):
                 if node.present[i]:
                     yield index * self._fanout + i
@@ -306,15 +305,18 @@ class Tree:
             *self._changed_nodes[1],
             *(group // self._fanout for group in self._stale_leaves),
         }
-        unplaced = {(self._geometry.depth, 0)} if self.top.slot == NO_SLOT else set()
+        depth = self._geometry.depth
+        unplaced = {(depth, 0)} if self.top.slot == NO_SLOT else set()
         for index in indexes:
-            for level in range(1, self._geometry.depth + 1):
-                node = self.nodes[level].get(index)
-                if node is not None and node.slot != NO_SLOT:
-                    break
+            level = 1
+            while level < depth and not self._is_placed(level, index):
                 unplaced.add((level, index))
-                index //= self._fanout
+                level, index = level + 1, index // self._fanout
         return len(unplaced)
+
+    def _is_placed(self, level: int, index: int) -> bool:
+        node = self.nodes[level].get(index)
+        return node is not None and node.slot != NO_SLOT
 
     # -- MACs and checkpoint
 

@@ -24,7 +24,8 @@ import pyfuse3
 
 from sealfs.errors import ReadOnly, SealfsError
 from sealfs.mount import protocol
-from sealfs.mount.driver import Disk, Disks
+from sealfs.mount.disk import Disk
+from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
 from sealfs.mount.handles import Handle, Handles
 from sealfs.mount.lane import drop_pages

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from sealfs.mount.driver import Disk
+from sealfs.mount.disk import Disk
 
 SYNC_FLAGS = os.O_DSYNC  # O_SYNC contains it on Linux
 

@@ -26,7 +26,8 @@ import trio
 
 from sealfs.image.plan import Buffer
 from sealfs.mount import protocol
-from sealfs.mount.driver import Disk, Disks
+from sealfs.mount.disk import Disk
+from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
 from sealfs.mount.handles import SYNC_FLAGS, Handle, Handles
 from sealfs.mount.protocol import (

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sealfs.errors import NotFound, StorageFailed
-from sealfs.mount.driver import FileKey, deleted
+from sealfs.mount.disk import FileKey, deleted
 
 SUFFIX = ".sealed"
 ROOT_INODE = 1

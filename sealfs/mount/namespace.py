@@ -28,7 +28,8 @@ import trio
 from sealfs.errors import AlreadyExists, NotFound, UsageError
 from sealfs.mount import attributes, names
 from sealfs.mount.attributes import Attributes
-from sealfs.mount.driver import Disks, FileKey
+from sealfs.mount.disk import FileKey
+from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
 from sealfs.mount.files import Files, guarded
 from sealfs.mount.handles import Handles

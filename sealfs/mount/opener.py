@@ -35,7 +35,7 @@ from sealfs.image.layout import geometry_for
 from sealfs.image.recovery import peek, read_identity
 from sealfs.image.storage import FileStorage
 from sealfs.mount import names
-from sealfs.mount.driver import Opened
+from sealfs.mount.disk import Opened
 from sealfs.mount.freshness import NEWBORN, Ledger, progress_of, witness
 from sealfs.mount.names import SUFFIX, Ownership, sync_directory
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from sealfs.errors import UsageError
-from sealfs.mount.driver import BUMP_INTERVAL, COMMIT_INTERVAL, IDLE_CLOSE, LOCK_WAIT
+from sealfs.mount.disk import LOCK_WAIT
+from sealfs.mount.driver import BUMP_INTERVAL, COMMIT_INTERVAL, IDLE_CLOSE
 from sealfs.mount.lane import SPIN_NS
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -28,8 +28,7 @@ import trio
 
 from sealfs.errors import NotFound, SealfsError, StorageFailed, UsageError
 from sealfs.image.cache import BlockCache
-from sealfs.image.layout import SIZE_MAX
-from sealfs.mount import control, daemon, kernel, names
+from sealfs.mount import control, daemon, kernel
 from sealfs.mount.control import ControlServer, Document, RunningMount, run_directory
 from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
@@ -39,6 +38,7 @@ from sealfs.mount.namespace import Namespace
 from sealfs.mount.options import MountOptions
 from sealfs.mount.relay import Relay
 from sealfs.mount.unshown import KINDS, unshown_files
+from sealfs.mount.verbs import ImageVerbs
 from sealfs.mount.workers import Workers
 
 if TYPE_CHECKING:
@@ -100,18 +100,12 @@ class Session:
             device_fd=device_fd,
             on_init=self._on_init,
         )
+        self._verbs = ImageVerbs(source, mountpoint, disks=self._disks, namespace=self._namespace)
         there = kernel.mounted_at(str(mountpoint))
         self._id = f"{there.minor if there else 0}"
         self._control = ControlServer(
             run_dir / f"{self._id}.sock",
-            {
-                "status": self._status,
-                "flush": self._flush,
-                "close": self._close,
-                "resize": self._resize,
-                "check": self._check,
-                "wait": self._wait,
-            },
+            {**self._verbs.table(), "status": self._status, "wait": self._wait},
         )
         self._lane: Lane | None = None
         self._relay: Relay | None = None
@@ -227,93 +221,24 @@ class Session:
         there = kernel.mounted_at(str(self._mountpoint))
         return there is not None and there == self._mounted
 
-    # Verbs of the control socket.
+    # Verbs of the control socket that concern the mount itself.
 
     async def _status(self, request: Document) -> Document:
-        images = [
-            {
-                **disk.image.status(),
-                "path": str(disk.path),
-                "vm_id": disk.vm_id,
-                "handles": disk.handles,
-            }
-            for disk in self._disks.all()
-            if disk.image is not None
-        ]
         return {
+            **await self._verbs.status(request),
             "mount": self._id,
             "pid": os.getpid(),
-            "source": str(self._source),
-            "mountpoint": str(self._mountpoint),
             "is_mounted": self.is_mounted(),
             "options": self._options.describe(),
             "dirty": self._cache.dirty_size,
             "nodes": self._namespace.node_count,
             "requests": dict(self._lane.served) if self._lane is not None else {},
-            "images": images,
-        }
-
-    async def _flush(self, request: Document) -> Document:
-        """Flush and checkpoint one image, or all."""
-        flushed = []
-        for disk in self._disks.all():
-            if self._is_meant(request, str(disk.path)):
-                await disk.flush()
-                await disk.checkpoint()
-                flushed.append(str(disk.path))
-        return {"flushed": flushed}
-
-    async def _close(self, request: Document) -> Document:
-        """Close one image, or all, that nobody has open; their keys are dropped."""
-        closed: list[str] = []
-        in_use: list[str] = []
-        for disk in self._disks.all():
-            if self._is_meant(request, str(disk.path)):
-                is_closed = await self._disks.close_idle(disk.key)
-                (closed if is_closed else in_use).append(str(disk.path))
-        return {"closed": closed, "in_use": in_use}
-
-    async def _resize(self, request: Document) -> Document:
-        """Set the size of one plain file, in use or not; durable when answered."""
-        path, size = request.get("path"), request.get("size")
-        if not isinstance(path, str) or not isinstance(size, int) or not 0 <= size <= SIZE_MAX:
-            raise UsageError("resize", "expected a path and a size in bytes")
-        sealed = Path(path)
-        if self._source not in sealed.parents or sealed.suffix != names.SUFFIX:
-            raise NotFound(sealed, f'is not a sealed file below "{self._source}"')
-        await self._namespace.resize(sealed, size, may_shrink=request.get("shrink") is True)
-        return {"size": size}
-
-    async def _check(self, request: Document) -> Document:
-        """Verify a part of one image that is open here; the asker comes again for the next.
-
-        So whoever asks decides the rate, and a check can be left at any moment.
-        """
-        start = request.get("start")
-        disk = next((d for d in self._disks.all() if str(d.path) == request.get("path")), None)
-        if disk is None:
-            raise NotFound(request.get("path"), "is not in use here")
-        if not isinstance(start, int) or start < 0:
-            raise UsageError("check", "expected a group to start with")
-        part = await disk.check_part(start, data=request.get("data") is True)
-        return {
-            "findings": [[f.first_block, f.block_count, f.cause] for f in part.findings],
-            "checked": part.size,
-            "next": part.next_group,
         }
 
     async def _wait(self, request: Document) -> Document:
         """Answer when the mount has ended and its images are closed."""
         await self._ended.wait()
         return {"failed": self._failed}
-
-    def _is_meant(self, request: Document, path: str) -> bool:
-        """Whether a request without a path, or with this one in either of its views, means it."""
-        wanted = request.get("path")
-        if wanted is None:
-            return True
-        below = os.path.relpath(path, self._source)[: -len(names.SUFFIX)]
-        return wanted in (path, str(self._mountpoint / below))
 
 
 def mount_directory(

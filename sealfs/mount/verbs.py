@@ -1,0 +1,109 @@
+"""What a mount does for commands, by its control socket: the verbs that concern images.
+
+Concurrency: each verb is a task of the trio thread, and may run beside any other.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sealfs.errors import NotFound, UsageError
+from sealfs.image.layout import SIZE_MAX
+from sealfs.mount import names
+from sealfs.mount.control import Document, Verb
+from sealfs.mount.driver import Disks
+from sealfs.mount.namespace import Namespace
+
+
+class ImageVerbs:
+    """Verbs that look at the images of a mount, or change them."""
+
+    def __init__(
+        self, source: Path, mountpoint: Path, *, disks: Disks, namespace: Namespace
+    ) -> None:
+        self._source = source
+        self._mountpoint = mountpoint
+        self._disks = disks
+        self._namespace = namespace
+
+    def table(self) -> dict[str, Verb]:
+        """Return the verbs by name."""
+        return {
+            "status": self.status,
+            "flush": self.flush,
+            "close": self.close,
+            "resize": self.resize,
+            "check": self.check,
+        }
+
+    async def status(self, request: Document) -> Document:
+        """Say what is open, and in what state."""
+        images = [
+            {
+                **disk.image.status(),
+                "path": str(disk.path),
+                "vm_id": disk.vm_id,
+                "handles": disk.handles,
+            }
+            for disk in self._disks.all()
+            if disk.image is not None
+        ]
+        return {"source": str(self._source), "mountpoint": str(self._mountpoint), "images": images}
+
+    async def flush(self, request: Document) -> Document:
+        """Flush and checkpoint one image, or all."""
+        flushed = []
+        for disk in self._disks.all():
+            if self._is_meant(request, str(disk.path)):
+                await disk.flush()
+                await disk.checkpoint()
+                flushed.append(str(disk.path))
+        return {"flushed": flushed}
+
+    async def close(self, request: Document) -> Document:
+        """Close one image, or all, that nobody has open; their keys are dropped."""
+        closed: list[str] = []
+        in_use: list[str] = []
+        for disk in self._disks.all():
+            if self._is_meant(request, str(disk.path)):
+                is_closed = await self._disks.close_idle(disk.key)
+                (closed if is_closed else in_use).append(str(disk.path))
+        return {"closed": closed, "in_use": in_use}
+
+    async def resize(self, request: Document) -> Document:
+        """Set the size of one plain file, in use or not; durable when answered."""
+        path, size = request.get("path"), request.get("size")
+        if not isinstance(path, str) or not isinstance(size, int) or not 0 <= size <= SIZE_MAX:
+            raise UsageError("resize", "expected a path and a size in bytes")
+        sealed = Path(path)
+        if self._source not in sealed.parents or sealed.suffix != names.SUFFIX:
+            raise NotFound(sealed, f'is not a sealed file below "{self._source}"')
+        await self._namespace.resize(sealed, size, may_shrink=request.get("shrink") is True)
+        return {"size": size}
+
+    async def check(self, request: Document) -> Document:
+        """Verify a part of one image that is open here; the asker comes again for the next.
+
+        So whoever asks decides the rate, and a check can be left at any moment.
+        """
+        start = request.get("start")
+        disk = next((d for d in self._disks.all() if str(d.path) == request.get("path")), None)
+        if disk is None:
+            raise NotFound(request.get("path"), "is not in use here")
+        if not isinstance(start, int) or start < 0:
+            raise UsageError("check", "expected a group to start with")
+        part = await disk.check_part(start, data=request.get("data") is True)
+        return {
+            "findings": [[f.first_block, f.block_count, f.cause] for f in part.findings],
+            "checked": part.size,
+            "next": part.next_group,
+        }
+
+    def _is_meant(self, request: Document, path: str) -> bool:
+        """Whether a request without a path, or with this one in either of its views, means it."""
+        wanted = request.get("path")
+        if wanted is None:
+            return True
+        below = os.path.relpath(path, self._source)[: -len(names.SUFFIX)]
+        return wanted in (path, str(self._mountpoint / below))

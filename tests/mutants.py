@@ -1,0 +1,898 @@
+"""The named mutants, one for each step and rule of the format, and the survivors that are accepted.
+
+Each breaks one rule by a small edit of one source file, and names the tests that are to catch it,
+the cheapest first. The text it replaces must be there exactly once: a mutant that no longer fits
+the source is an error and not a survivor. `mutants_run.py` runs them, `tools/mutants` is the
+command; the list follows FORMAT.md: 8.2, 8.3, 8.1 and 8.4, 9, then 3 to 7, then the ledger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class StaleMutant(Exception):
+    """A mutant does not fit the source any more."""
+
+
+NOT_RUN = "not the_harness_catches and not the_model_finds"
+"""Tests of the tests: they mutate by themselves."""
+
+GOLDEN = "tests/test_golden.py"
+IMAGE = "tests/test_image.py"
+JOURNAL = "tests/test_journal.py"
+TREE = "tests/test_tree.py"
+CIPHER = "tests/test_cipher.py"
+SPACE = "tests/test_image_space.py"
+STORAGE = "tests/test_storage.py"
+TAMPER = "tests/test_tamper.py"
+LEDGER = "tests/test_ledger.py"
+GAPS = "tests/test_mutant_gaps.py"
+CUTS = "tests/test_crash.py::test_every_short_workload_survives_power_cuts"
+KILLS = "tests/test_crash.py::test_every_short_workload_survives_a_kill"
+FAILS = "tests/test_crash.py::test_a_failing_call_is_survived_or_stops_everything"
+CRASH = "tests/test_crash.py"
+FULL_TABLE = f"{SPACE}::test_a_full_epoch_table_refuses_writes_and_still_opens"
+PREALLOCATED = f"{SPACE}::test_a_slot_that_a_preallocation_is_about_to_give_is_nobody_elses"
+
+_REST = (GOLDEN, GAPS, IMAGE, SPACE, TAMPER, CUTS, KILLS, FAILS, CRASH)
+DRAWN_TESTS = {
+    "journal.py": (JOURNAL, *_REST),
+    "tree.py": (TREE, *_REST),
+    "image.py": _REST,
+}
+"""For a drawn mutant of each file, the cheapest first. test_image_model.py is not among them: what
+Hypothesis draws depends on the sources, so its finding something new need not be the mutant's."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One rule broken."""
+
+    name: str
+    rule: str
+    """Where it stands: a section of FORMAT.md, with the step, or what else says it."""
+    path: str
+    """Below sealfs."""
+    edits: tuple[tuple[str, str], ...]
+    """(what is there exactly once, what is put in its place)."""
+    tests: tuple[str, ...]
+    is_quick: bool = True
+    """Whether it is caught in a few seconds."""
+
+    def applied(self, room: Path) -> dict[str, str]:
+        """Return the mutated sources: path below `room` to content.
+
+        Raises:
+            StaleMutant: what it replaces is not there, or more than once.
+        """
+        path = f"sealfs/{self.path}"
+        content = (room / path).read_text()
+        for old, new in self.edits:
+            count = content.count(old)
+            if count != 1:
+                raise StaleMutant(f"{self.name}: is {count} times in {path}: {old!r}")
+            content = content.replace(old, new)
+        return {path: content}
+
+
+VOLUME, RECOVERY, SCAN = "image/volume.py", "image/recovery.py", "image/journal.py"
+FILE, TREE_FILE, CIPHER_FILE = "image/storage.py", "image/tree.py", "image/cipher.py"
+COMMITTER, SPACE_FILE, IMAGE_FILE = "image/committer.py", "image/space.py", "image/image.py"
+LEDGER_FILE = "keys/ledger.py"
+
+COMMIT = (
+    Mutant(
+        "a failed seal gives its nonces back", "3.3; 8.2 step 1", CIPHER_FILE,
+        (
+            ("        self._counter += len(blocks)\n", ""),
+            ("        if self._on_seal:\n", "        self._counter += len(blocks)\n"
+             "        if self._on_seal:\n"),
+        ),
+        (CIPHER,),
+    ),
+    Mutant(
+        "direct data is not written", "8.2 step 2", VOLUME,
+        (("        plan.extend(self._home_writes(batch.direct, direct, new_slots))\n", ""),),
+        (CUTS,),
+    ),
+    Mutant(
+        "a GROUP's leaf page is not written", "8.2 step 2", VOLUME,
+        (("            view[:BLOCK_SIZE] = leaf\n", ""),),
+        (CUTS,),
+    ),
+    Mutant(
+        "no sync between data and record", "8.2 step 3", VOLUME,
+        (("        if slots or plan:\n            plan.append((Step.SYNC,))\n", ""),),
+        (CUTS,),
+    ),
+    Mutant(
+        "no sync between direct data of old groups and record", "8.2 step 3", VOLUME,
+        (("        if slots or plan:\n", "        if slots:\n"),),
+        (CUTS,), is_quick=False,
+    ),
+    Mutant(
+        "no sync between new groups and record", "8.2 step 3", VOLUME,
+        (("        if slots or plan:\n", "        if plan:\n"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "the record is only written", "8.2 step 4", VOLUME,
+        (("[(Step.DURABLE, offset, whole)]", "[(Step.WRITE, offset, whole)]"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "the payload is only written", "8.2 step 4", VOLUME,
+        (("execute(self.storage, [(Step.DURABLE, offset, whole)])",
+          "execute(self.storage, [(Step.DURABLE, offset, [head]),"
+          " (Step.WRITE, offset + len(head), [written.payload])])"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "the record comes before its data", "8.2 steps 2 and 4", VOLUME,
+        (
+            ("        execute(self.storage, plan)\n        # Crash here: direct data",
+             "        self._late = plan\n        # Crash here: direct data"),
+            ("        execute(self.storage, [(Step.DURABLE, offset, whole)])\n",
+             "        execute(self.storage, [(Step.DURABLE, offset, whole)])\n"
+             "        execute(self.storage, self._late)\n"),
+        ),
+        (CUTS,),
+    ),
+    Mutant(
+        "a durable record is not applied", "8.2 step 5", VOLUME,
+        (("content, start)\n        self.apply(written.record, written.leaves)\n",
+          "content, start)\n"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "inline blocks are not written home", "8.2 step 5; 8.3 step 1", VOLUME,
+        (("        execute(self.storage, self._home_writes(record.inline_blocks, payload, {}))\n",
+          "        return\n"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "inline blocks are written home before their record", "8.1; 8.2 step 5", VOLUME,
+        (("payload, inline_entries = self._seal_run(batch.inline, content)\n",
+          "payload, inline_entries = self._seal_run(batch.inline, content)\n"
+          "        plan.extend(self._home_writes(batch.inline, payload, new_slots))\n"),),
+        (CUTS,), is_quick=False,
+    ),
+    Mutant(
+        "a flush is answered before it is one", "8.2 step 6", IMAGE_FILE,
+        (("        if not self.is_dirty and self.poisoned is None:\n            return\n"
+          "        self._check_flushable()\n        self.oldest_dirty = None\n",
+          "        if self.poisoned is None and self.dirty_size < 3 * BLOCK_SIZE:\n"
+          "            return\n"
+          "        self._check_flushable()\n        self.oldest_dirty = None\n"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "a size alone is not committed", "8.2 step 6", COMMITTER,
+        (("if count or size != self._volume.size:", "if count:"),),
+        (CUTS,),
+    ),
+)  # fmt: skip
+
+CHECKPOINT = (
+    Mutant(
+        "leaf pages are written in place", "8.3 step 2", TREE_FILE,
+        (("            node.places[i] ^= 1\n", ""),),
+        (TREE,),
+    ),
+    Mutant(
+        "node pages are written in place", "8.3 step 2", TREE_FILE,
+        (("                    node.place ^= 1\n", "                    pass\n"),),
+        (TREE,),
+    ),
+    Mutant(
+        "the epoch table goes to the live copy", "4.2; 8.3 step 2", VOLUME,
+        (("self.geometry.table_offset(1 - self._live_copy)",
+          "self.geometry.table_offset(self._live_copy)"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "the epoch table is not written", "4.2; 8.3 step 2", VOLUME,
+        (("        plan.extend(self._table_plan())\n", ""),),
+        (CUTS,),
+    ),
+    Mutant(
+        "no sync between pages and superblock", "8.3 step 3", VOLUME,
+        (("replay again.\n        plan.append((Step.SYNC,))\n", "replay again.\n"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "the superblock comes before its pages", "8.3 steps 2 and 4", VOLUME,
+        (
+            ("        execute(self.storage, plan)\n        self._fence()\n",
+             "        self._fence()\n"),
+            ("        execute(self.storage, [(Step.DURABLE, offset, [page])])\n",
+             "        execute(self.storage, [(Step.DURABLE, offset, [page])])\n"
+             "        execute(self.storage, plan)\n"),
+        ),
+        (CUTS,),
+    ),
+    Mutant(
+        "the superblock is only written", "8.3 step 4", VOLUME,
+        (("[(Step.DURABLE, offset, [page])]", "[(Step.WRITE, offset, [page])]"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "the superblock goes over the live one", "4.1; 8.3 step 4", VOLUME,
+        (("offset = self.geometry.superblock_offset(1 - self._live_copy)\n        # Crash",
+          "offset = self.geometry.superblock_offset(self._live_copy)\n        # Crash"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "the generation does not grow", "4.1", VOLUME,
+        (("generation=old.generation + 1,", "generation=old.generation,"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "the fence does not look", "4.1; two openers", VOLUME,
+        (("        self._fence()\n", ""),),
+        (GAPS,),
+    ),
+    Mutant(
+        "the fence looks at its own superblock alone", "4.1; two openers", VOLUME,
+        (("        newer = int.from_bytes(other[32:40], \"little\") > self.superblock.generation\n",
+          "        newer = False\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "a superblock forgets what is remembered", "4.1, anchors", VOLUME,
+        (("dict.fromkeys((tail.anchor, *pins, *old.anchors))",
+          "dict.fromkeys((tail.anchor, *old.anchors))"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "a superblock forgets older states", "4.1, anchors", VOLUME,
+        (("dict.fromkeys((tail.anchor, *pins, *old.anchors))",
+          "dict.fromkeys((tail.anchor, *pins))"),),
+        (TAMPER,), is_quick=False,
+    ),
+    Mutant(
+        "journal pages are used again before a checkpoint", "8.3 step 5", SCAN,
+        (("if self.used_pages + gap + page_count > self.page_count:", "if False:"),),
+        (JOURNAL, CUTS),
+    ),
+    Mutant(
+        "a moved group's slot is used again at once", "8.3 step 5, busy", VOLUME,
+        (("                self.allocator.free(old)\n",
+          "                self.allocator.put_back(old)\n"),),
+        (CUTS,), is_quick=False,
+    ),
+    Mutant(
+        "an emptied group's slot is used again at once", "8.3 step 5, busy", VOLUME,
+        (("        self.allocator.free(slot)\n", "        self.allocator.put_back(slot)\n"),),
+        (CUTS,), is_quick=False,
+    ),
+    Mutant(
+        "freed slots are used by the checkpoint that frees them", "8.3 step 5, busy", VOLUME,
+        (("        self.space.reserve_nodes(self.tree.unplaced_nodes_max())\n",
+          "        self.allocator.release()\n"
+          "        self.space.reserve_nodes(self.tree.unplaced_nodes_max())\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "freed node positions are used by the checkpoint that frees them", "8.3 step 5", VOLUME,
+        (("            self.allocator.free_node(slot, position)\n",
+          "            self.allocator._free_nodes.append((slot, position))\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "slots are punched before the checkpoint", "8.3 step 5", VOLUME,
+        (("        self.space.note_given_up(slot)\n",
+          "        execute(self.storage, [(Step.PUNCH, self.geometry.slot_offset(slot),"
+          " self.geometry.slot_size)])\n"),),
+        (CUTS,), is_quick=False,
+    ),
+    Mutant(
+        "holes are punched before their record", "8.1; 8.3 step 5", VOLUME,
+        (("        execute(self.storage, [(Step.DURABLE, offset, whole)])\n",
+          "        for run in record.holes:\n"
+          "            for group, index, part in self.live_parts(*run):\n"
+          "                at = self.geometry.block_offset(self.tree.slot_of(group), index)\n"
+          "                execute(self.storage, [(Step.PUNCH, at, part * BLOCK_SIZE)])\n"
+          "        execute(self.storage, [(Step.DURABLE, offset, whole)])\n"),),
+        (CUTS,), is_quick=False,
+    ),
+    Mutant(
+        "a hole is punched though it was written again", "8.1", SPACE_FILE,
+        (("holes = [i for i in range(count) if entries[i * ENTRY_SIZE + 28] == 0]",
+          "holes = list(range(count))"),),
+        (IMAGE, CUTS),
+    ),
+    Mutant(
+        "a hole is punched though it is about to be written", "8.3 step 5; 8.4", SPACE_FILE,
+        (("            if self.keep(group):\n", "            if False:\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "the file is cut before the checkpoint", "8.3 step 5", VOLUME,
+        (("            self.space.note_cut()\n",
+          "            named = [*self.tree.chunks(), *map(self.tree.slot_of, self.tree.groups())]\n"
+          "            cut = self.geometry.slot_offset(max(named) + 1)\n"
+          "            if leaves is not None and cut < self.storage.size():\n"
+          "                execute(self.storage, [(Step.TRUNCATE, cut)])\n"),),
+        (CUTS,), is_quick=False,
+    ),
+)  # fmt: skip
+
+WRITING = (
+    Mutant(
+        "a whole group is written over itself", "8.1", COMMITTER,
+        (("slot = reserved if reserved != NO_SLOT else self._take_whole_slot()",
+          "slot = reserved if reserved != NO_SLOT else self._tree.slot_of(group)"),),
+        (IMAGE, CUTS), is_quick=False,
+    ),
+    Mutant(
+        "a block with a live copy is written in place", "8.1", COMMITTER,
+        (("is_direct = not is_small and leaf[at + 28] == 0", "is_direct = not is_small"),),
+        (CUTS,), is_quick=False,
+    ),
+    Mutant(
+        "a failed operation does not poison", "8.4", IMAGE_FILE,
+        (("            self.poisoned = self.poisoned or str(exc) or type(exc).__name__\n", ""),),
+        (FAILS,),
+    ),
+    Mutant(
+        "a poisoned image answers a flush", "8.4", IMAGE_FILE,
+        (("        if not self.is_dirty and self.poisoned is None:\n",
+          "        if not self.is_dirty or self.poisoned is not None:\n"),),
+        (FAILS,),
+    ),
+    Mutant(
+        "a poisoned image is written at its close", "8.4", IMAGE_FILE,
+        (("            if not self.read_only and self.poisoned is None:\n                yield",
+          "            if not self.read_only:\n                self.poisoned = None\n"
+          "                yield"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "a failed fdatasync is no failure", "8.4", FILE,
+        (("            raise StorageFailed(self.path, f\"fdatasync failed: {exc.strerror}\")"
+          " from exc\n", "            pass\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "a durable write is not", "8.2 step 4", FILE,
+        (("self._write(offset, buffers, os.RWF_DSYNC)", "self._write(offset, buffers, 0)"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "a short write is taken for a whole one", "short writes loop", FILE,
+        (("        while pending:\n            try:\n",
+          "        if pending:\n            try:\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "a write is accepted without its space", "8.4", COMMITTER,
+        (("            volume.space.reserve(slot, index, part)\n", ""),),
+        (SPACE,),
+    ),
+    Mutant(
+        "a write is accepted without space for the nodes above", "8.4", COMMITTER,
+        (("            volume.space.reserve_nodes(len(self._new_nodes)"
+          " * self._geometry.depth)\n", ""),),
+        (SPACE,),
+    ),
+    Mutant(
+        "no row of the epoch table is kept for a recovery", "4.2; 8.4", IMAGE_FILE,
+        (("check_room(1 + self._volume.cipher.is_nearly_spent)",
+          "check_room(0 + self._volume.cipher.is_nearly_spent)"),),
+        (FULL_TABLE,),
+    ),
+    Mutant(
+        "slots in flight are given back", "8.3, busy", COMMITTER,
+        (("g for g in self.reserved if g not in self.allocating and not self.is_dirty_group(g)",
+          "g for g in self.reserved if not self.is_dirty_group(g)"),),
+        (PREALLOCATED,),
+    ),
+)  # fmt: skip
+
+RECOVER = (
+    Mutant(
+        "writers do not lock each other out", "9 step 1; two openers", FILE,
+        (("lock = struct.pack(\"hhqqi4x\", kind,",
+          "lock = struct.pack(\"hhqqi4x\", fcntl.F_UNLCK,"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "superblocks are not verified", "9 step 2", RECOVERY,
+        (("        if superblock_is_authentic(raw, keys):\n            found",
+          "        if True:\n            found"),),
+        (GOLDEN, TAMPER),
+    ),
+    Mutant(
+        "the older superblock is taken", "4.1; 9 step 2", RECOVERY,
+        (("    live = max(found,", "    live = min(found,"),),
+        (GOLDEN, CUTS),
+    ),
+    Mutant(
+        "two superblocks of one generation are taken", "4.1", RECOVERY,
+        (("or found[0][0].generation == found[1][0].generation", ""),),
+        (GAPS,),
+    ),
+    Mutant(
+        "superblocks are read from the page cache", "9", RECOVERY,
+        (("storage.read_direct(geometry.superblock_offset(copy), BLOCK_SIZE)",
+          "storage.read(geometry.superblock_offset(copy), BLOCK_SIZE)"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "the journal is read from the page cache", "9", RECOVERY,
+        (("part = storage.read_direct(geometry.journal_offset",
+          "part = storage.read(geometry.journal_offset"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "the epoch table is read from the page cache", "9", RECOVERY,
+        (("storage.read_direct(geometry.table_offset(candidate), padded)",
+          "storage.read(geometry.table_offset(candidate), padded)"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "the epoch table is compared with the page cache", "9; 8.3 step 2", VOLUME,
+        (("there = self.storage.read_direct(offset,", "there = self.storage.read(offset,"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "a direct read comes from the page cache", "9", FILE,
+        (("os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC", "os.O_RDONLY | os.O_CLOEXEC"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "epoch rows are not verified", "9 step 3", RECOVERY,
+        (("        if same_mac(hashlib.sha256(raw).digest(), superblock.table_digest):\n",
+          "        if True:\n"),),
+        (GOLDEN, TAMPER),
+    ),
+    Mutant(
+        "the other copy of the epoch table is not tried", "9 step 3", RECOVERY,
+        (("for candidate in (copy, 1 - copy):", "for candidate in (copy,):"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "node pages are not verified", "6.2; 9 step 4", TREE_FILE,
+        (("                    same_mac(mac, expected)\n", "                    True\n"),),
+        (TREE,),
+    ),
+    Mutant(
+        "only the hinted place of a node page is tried", "6.2", TREE_FILE,
+        (("for attempt in (place & 1, 1 - (place & 1)):", "for attempt in (place & 1,):"),),
+        (TREE,),
+    ),
+    Mutant(
+        "only the hinted place of a leaf page is tried", "6.2", VOLUME,
+        (("for place in (hint & 1, 1 - (hint & 1)):", "for place in (hint & 1,):"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "a zero page is a leaf page of holes", "G3; 6.1", VOLUME,
+        (("            if self.tree.verify_leaf(group, page, mac):\n",
+          "            if self.tree.verify_leaf(group, page, mac) or not any(page):\n"),),
+        (TAMPER,), is_quick=False,
+    ),
+    Mutant(
+        "the tree may name slots past the end of the file", "6.3; 9 step 4", RECOVERY,
+        (("    if highest >= slot_count:\n", "    if False:\n"),),
+        (GOLDEN, TAMPER),
+    ),
+    Mutant(
+        "the tree may name a slot twice", "6.3", RECOVERY,
+        (("        if slot < slot_count and not volume.allocator.occupy(slot):\n",
+          "        if slot < slot_count and volume.allocator.occupy(slot) is None:\n"),),
+        (GOLDEN,),
+    ),
+    Mutant(
+        "a record of any sequence is taken", "7; 9 step 5", SCAN,
+        (("        or header.sequence != position.sequence + 1\n", ""),),
+        (JOURNAL,),
+    ),
+    Mutant(
+        "a record of any chain is taken", "7; 9 step 5", SCAN,
+        (("        or not same_mac(header.previous_mac, position.mac)\n", ""),),
+        (JOURNAL,),
+    ),
+    Mutant(
+        "a record of any epoch is taken", "7; 9 step 5", SCAN,
+        (("        or header.epoch != epoch\n", ""),),
+        (JOURNAL,),
+    ),
+    Mutant(
+        "a record of any page is taken", "7; 9 step 5", SCAN,
+        (("        or header.page != page\n", ""),),
+        (JOURNAL,),
+    ),
+    Mutant(
+        "a record of any length is taken", "7", SCAN,
+        (("        or header.page_count > page_count // 2\n", ""),),
+        (GAPS,),
+    ),
+    Mutant(
+        "a record's body is not verified", "7; 9 step 5", SCAN,
+        (("    if not same_mac(mac_of(key, record_mac_input(head)), header.mac):\n"
+          "        return None\n", ""),),
+        (JOURNAL, TAMPER),
+    ),
+    Mutant(
+        "a record's header is not verified", "7; 9 step 5", SCAN,
+        (("return header if same_mac(mac_of(key, header_mac_input(first)), header.header_mac)"
+          " else None", "return header"),),
+        (JOURNAL,),
+    ),
+    Mutant(
+        "a record's payload is not verified", "7; 9 step 5", SCAN,
+        (("    if not _payload_opens(read, record, payload_page, cipher):\n        return None\n",
+          ""),),
+        (JOURNAL, CUTS),
+    ),
+    Mutant(
+        "a record at the journal's beginning is not looked for", "7", SCAN,
+        (("dict.fromkeys((position.page, 0))", "dict.fromkeys((position.page,))"),),
+        (JOURNAL,),
+    ),
+    Mutant(
+        "nobody looks ahead", "9 step 5", SCAN,
+        (("    _look_ahead(read, page_count, position, uuid, epoch, key, path)\n", ""),),
+        (JOURNAL,),
+    ),
+    Mutant(
+        "looking ahead passes over newer epochs", "9 step 5", SCAN,
+        (("header.epoch > epoch or header.sequence > position.sequence + 1",
+          "header.epoch == epoch and header.sequence > position.sequence + 1"),),
+        (JOURNAL,),
+    ),
+    Mutant(
+        "looking ahead minds older epochs", "9 step 5", SCAN,
+        (("if header is None or header.epoch < epoch:", "if header is None:"),),
+        (JOURNAL,),
+    ),
+    Mutant(
+        "looking ahead minds a torn last record", "9 step 5", SCAN,
+        (("header.sequence > position.sequence + 1:", "header.sequence > position.sequence:"),),
+        (JOURNAL, CUTS),
+    ),
+    Mutant(
+        "records are not applied", "9 step 6", RECOVERY,
+        (("        volume.apply(item.record)\n", ""),),
+        (GOLDEN,),
+    ),
+    Mutant(
+        "a damaged leaf page that a record needs costs the image", "9 step 6", RECOVERY,
+        (("    volume.recovering = True\n", ""),),
+        (GAPS,),
+    ),
+    Mutant(
+        "blocks of a lost leaf page are holes", "9 step 6; G3", VOLUME,
+        (("        return (LOST * max(count, 0)).ljust(BLOCK_SIZE, b\"\\0\")\n",
+          "        return bytes(max(count, 0) and BLOCK_SIZE)\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "the root is compared though a leaf page is lost", "9 steps 6 and 7", RECOVERY,
+        (("    if scanned and not volume.lost_groups:\n", "    if scanned:\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "an older inline payload goes over a newer direct block", "9 steps 6 and 9", VOLUME,
+        (("            for block in blocks:\n                self.inline.pop(block, None)\n",
+          "            pass\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "an older inline payload goes over a newer group", "9 steps 6 and 9", VOLUME,
+        (("            self._forget_inline(group * self.geometry.group_blocks,"
+          " self.geometry.group_blocks)\n        self._set", "        self._set"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "an inline payload goes over a later hole", "9 steps 6 and 9", VOLUME,
+        (
+            ("            self.space.note_holes(group, index, part)\n"
+             "        self._forget_inline(first, count)\n",
+             "            self.space.note_holes(group, index, part)\n"),
+            ("        self.space.note_given_up(slot)\n"
+             "        self._forget_inline(group * self.geometry.group_blocks,"
+             " self.geometry.group_blocks)\n",
+             "        self.space.note_given_up(slot)\n"),
+        ),
+        (GAPS,),
+    ),
+    Mutant(
+        "an inline payload goes over a hole of its own record", "9 steps 6 and 9", RECOVERY,
+        (("        _forget_holes(volume, item)\n", ""),),
+        (GAPS, GOLDEN, CUTS),
+    ),
+    Mutant(
+        "holes of a record come before its entries", "7, body order", VOLUME,
+        (
+            ("        for first, count in record.holes:\n"
+             "            self._make_holes(first, count)\n\n", "\n"),
+            ("        for group, slot in record.allocs:\n",
+             "        for first, count in record.holes:\n"
+             "            self._make_holes(first, count)\n"
+             "        for group, slot in record.allocs:\n"),
+        ),
+        (GAPS, GOLDEN),
+    ),
+    Mutant(
+        "a record begins in the last page of the one before", "7", SCAN,
+        (("        page = record.page + record.page_count\n",
+          "        page = record.page + max(1, record.page_count - 1)\n"),),
+        (JOURNAL,),
+    ),
+    Mutant(
+        "a group of which a part becomes a hole loses its slot", "7", VOLUME,
+        (("            if part == self.geometry.group_blocks:\n                self._give_up",
+          "            if part:\n                self._give_up"),),
+        (GAPS, CUTS),
+    ),
+    Mutant(
+        "a shrink leaves what is beyond it", "7", VOLUME,
+        (("            self._make_holes(first, self.geometry.size_max // BLOCK_SIZE - first)\n",
+          ""),),
+        (CUTS,),
+    ),
+    Mutant(
+        "the end of a shrunk block is not zeroed", "2; 7", IMAGE_FILE,
+        (("            yield from self._zero_steps(size, stop)\n", ""),),
+        (CUTS,),
+    ),
+    Mutant(
+        "an ALLOC may meet a live group", "7", VOLUME,
+        (("            if self.tree.slot_of(group) != NO_SLOT:\n                raise",
+          "            if False:\n                raise"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "slots that a record's ALLOC names are free in recovery", "8.3, busy", VOLUME,
+        (("            self.allocator.occupy(slot)\n            self.tree.put_group(group, slot,",
+          "            self.tree.put_group(group, slot,"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "slots that a record's GROUP names are free in recovery", "8.3, busy", VOLUME,
+        (("            self.allocator.occupy(slot)\n            if leaves is None:",
+          "            if leaves is None:"),),
+        (CUTS,),
+    ),
+    Mutant(
+        "slots of the tree are free in recovery", "8.3, busy", RECOVERY,
+        (("    _occupy_slots(volume)\n    journal", "    journal"),),
+        (GOLDEN, IMAGE),
+    ),
+    Mutant(
+        "the root after replay is not compared", "9 step 7", RECOVERY,
+        (("        if expected is not None and not same_mac(",
+          "        if False and not same_mac("),),
+        (GAPS,),
+    ),
+    Mutant(
+        "recovery writes before the witness has seen it", "9 step 8; freshness", RECOVERY,
+        (("    if witness is not None:\n",
+          "    if scanned and not read_only:\n        _finish_recovery(volume, journal)\n"
+          "    if witness is not None:\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "recovery writes though it is to read only", "9", RECOVERY,
+        (("    if not read_only:\n        if table", "    if True:\n        if table"),),
+        (GOLDEN,),
+    ),
+    Mutant(
+        "a slot past the end of the file in a record is damage", "9 step 8", VOLUME,
+        (("        for group, slot, mac in record.groups:\n",
+          "        count = self.geometry.slot_count_of(self.storage.size())\n"
+          "        if leaves is None and any(g[1] >= count for g in"
+          " (*record.groups, *record.allocs)):\n"
+          "            raise IntegrityError(self.path, 'is cut off')\n"
+          "        for group, slot, mac in record.groups:\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "recovery does not make the file longer", "9 step 8", RECOVERY,
+        (("    plan: WritePlan = volume.length_plan()\n", "    plan: WritePlan = []\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "recovery writes home before it syncs", "9 step 8", RECOVERY,
+        (("    plan.append((Step.SYNC,))\n    for block, offset in", "    for block, offset in"),),
+        (CUTS, KILLS),
+    ),
+    Mutant(
+        "recovery does not write inline blocks home", "9 step 9", RECOVERY,
+        (("        plan.append((Step.WRITE, home, [payload]))\n", ""),),
+        (CUTS,),
+    ),
+    Mutant(
+        "recovery ends without a checkpoint", "9 step 10", RECOVERY,
+        (("    run(volume.checkpoint_steps(new_epoch=True))\n", ""),),
+        (GAPS, CUTS, KILLS),
+    ),
+    Mutant(
+        "recovery keeps the epoch", "3.2; 9 step 10", RECOVERY,
+        (("    run(volume.checkpoint_steps(new_epoch=True))\n",
+          "    run(volume.checkpoint_steps(new_epoch=False))\n"),),
+        (GAPS, CUTS, KILLS),
+    ),
+)  # fmt: skip
+
+STRUCTURES = (
+    Mutant(
+        "a row's salt is not fresh", "3.2", CIPHER_FILE,
+        (("row = EpochRow(epoch, key_generation, random(32))",
+          "row = EpochRow(epoch, key_generation, bytes(32))"),),
+        (CIPHER,),
+    ),
+    Mutant(
+        "an epoch's number is used again", "4.2", CIPHER_FILE,
+        (("epoch = self.rows[-1].epoch + 1 if self.rows else 1", "epoch = 1"),),
+        (CIPHER,),
+    ),
+    Mutant(
+        "an epoch never ends", "3.2", CIPHER_FILE,
+        (("return self._epoch == 0 or self._counter >= EPOCH_BLOCKS_MAX",
+          "return self._epoch == 0"),),
+        (CIPHER,),
+    ),
+    Mutant(
+        "a forked process seals", "3.2", CIPHER_FILE,
+        (("        if os.getpid() != self._pid:\n", "        if False:\n"),),
+        (CIPHER,),
+    ),
+    Mutant(
+        "rows that entries name are dropped", "4.2", CIPHER_FILE,
+        (("            if row.epoch in in_use or i == len(self.rows) - 1\n",
+          "            if i == len(self.rows) - 1\n"),),
+        (CIPHER,),
+    ),
+    Mutant(
+        "rows that a damaged leaf page may name are dropped", "4.2", VOLUME,
+        (("                return  # what the damaged",
+          "                continue  # what the damaged"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "a block opens elsewhere", "3.3", CIPHER_FILE,
+        (
+            ("prefix + pack_index(block), out[at : end + TAG_SIZE])",
+             "prefix + pack_index(0), out[at : end + TAG_SIZE])"),
+            ("prefix + pack_index(block), out[at:end])", "prefix + pack_index(0), out[at:end])"),
+            ("self._prefix + _INDEX.pack(block))", "self._prefix + _INDEX.pack(0))"),
+        ),
+        (CIPHER,),
+    ),
+    Mutant(
+        "places are in the MAC of a node page", "6.2", TREE_FILE,
+        (("return bytes(self.macs) + self.slots.tobytes() if self.level == 1 else"
+          " bytes(self.macs)",
+          "return bytes(self.macs) + self.slots.tobytes() + bytes(self.places)"
+          " if self.level == 1 else bytes(self.macs)"),),
+        (TREE,),
+    ),
+    Mutant(
+        "slots of groups are not in the MAC of a node page", "6.2", TREE_FILE,
+        (("return bytes(self.macs) + self.slots.tobytes() if self.level == 1 else"
+          " bytes(self.macs)", "return bytes(self.macs)"),),
+        (TREE,),
+    ),
+    Mutant(
+        "the root does not know the size", "6.3", CIPHER_FILE,
+        (("self._mac(MAGICS[\"root\"], 0, size, top)", "self._mac(MAGICS[\"root\"], 0, 0, top)"),),
+        (CIPHER,),
+    ),
+    Mutant(
+        "the identity is not verified", "5", RECOVERY,
+        (("        if same_mac(mac_of(keys.identity, message), mac) and ", "        if "),),
+        (GAPS,),
+    ),
+    Mutant(
+        "a damaged leaf page cannot be healed", "one bad page", IMAGE_FILE,
+        (("            if part < self._geometry.group_blocks\n            and self._tree.slot_of",
+          "            if self._tree.slot_of"),),
+        (GAPS,),
+    ),
+)  # fmt: skip
+
+LEDGERS = (
+    Mutant(
+        "the counter goes before the ledger", "ledger, counter rule", LEDGER_FILE,
+        (("                self._rewrite(found, mac_key, held)\n"
+          "                # Crash here: the file is one ahead, which the next `begin` takes up.\n"
+          "                self._counter.increment(held)\n",
+          "                self._counter.increment(held)\n"
+          "                self._rewrite(found, mac_key, held)\n"),),
+        (LEDGER,), is_quick=False,
+    ),
+    Mutant(
+        "one value is burned in place of two", "ledger, counter rule", LEDGER_FILE,
+        (("BURNED: Final = 2", "BURNED: Final = 1"),),
+        (LEDGER,), is_quick=False,
+    ),
+    Mutant(
+        "a ledger behind the counter is taken", "ledger, counter rule", LEDGER_FILE,
+        (("        if found.value < value:\n            raise", "        if found.value < value:\n"
+          "            return False\n            raise"),),
+        (LEDGER,), is_quick=False,
+    ),
+    Mutant(
+        "a note turns an image back", "ledger, never behind", LEDGER_FILE,
+        (("is None or old.sequence < progress.sequence", "is None or old != progress"),),
+        (LEDGER,), is_quick=False,
+    ),
+    Mutant(
+        "rows are not chained", "ledger, rows", LEDGER_FILE,
+        (
+            ("not hmac.compare_digest(mac, _mac(mac_key, chain + body)):",
+             "not hmac.compare_digest(mac, _mac(mac_key, body)):"),
+            ("return body + _mac(mac_key, self.chain + body)",
+             "return body + _mac(mac_key, body)"),
+        ),
+        (GAPS,),
+    ),
+    Mutant(
+        "a ledger that is gone is an empty one", "ledger", LEDGER_FILE,
+        (("        if raw is None:\n            raise",
+          "        if raw is None:\n            return LedgerFile(self._host_id, 0, {}, 0, b\"\")\n"
+          "            raise"),),
+        (LEDGER,), is_quick=False,
+    ),
+    Mutant(
+        "another host's ledger is taken", "ledger", LEDGER_FILE,
+        (("        if found.host_id != self._host_id:\n", "        if False:\n"),),
+        (LEDGER,), is_quick=False,
+    ),
+)  # fmt: skip
+
+NAMED: tuple[Mutant, ...] = (
+    *COMMIT, *CHECKPOINT, *WRITING, *RECOVER, *STRUCTURES, *LEDGERS,
+)  # fmt: skip
+
+_TRUE = "equivalent: `present` is only asked for being zero or not"
+_ROOM = (
+    "equivalent: each page begins at most one record of one sequence, so the search ends by itself"
+    " after page_count records; a second fence"
+)
+_COVERED = (
+    "only performance: the old end of the last block is read, and then wholly covered by the data"
+)
+_BEYOND = "only performance: a block beyond the end is a hole, it is read and is not used"
+_NOTHING = "equivalent: an edge of no bytes is zeroed, and a write of nothing does nothing"
+ACCEPTED: dict[str, str] = {
+    "looking ahead minds older epochs": "equivalent: epochs and sequences grow together, and at"
+    " most one record after the last one taken exists, so a record of an older epoch never has a"
+    " sequence beyond the next one",
+    "journal.py scan: pages_found += record.page_count => pass": _ROOM,
+    "journal.py scan: raise IntegrityError(path, 'journal: more records than it has room for')"
+    " => pass": _ROOM,
+    "tree.py Node.__init__: 0 => 1": "equivalent: the position of a node without a slot is not"
+    " looked at, and set together with the slot",
+    "tree.py Tree.verify_leaf: len(page) == BLOCK_SIZE and same_mac(self._macs.leaf(group, page),"
+    " mac) => same_mac(self._macs.leaf(group, page), mac)": "equivalent: the MAC is that of 4096"
+    " bytes, so a shorter page never has it",
+    "tree.py Tree.put_group: 1 => 2": _TRUE,
+    "tree.py Tree._refresh_node: 1 => 2 #4": _TRUE,
+    "tree.py Tree.put_group: 1 => 0 #2": "equivalent: both places of a slot that nothing durable"
+    " names are free; which of them a new leaf page goes to first does not matter",
+    "tree.py Tree.refresh: 1 => 0 #2": "equivalent: there are no nodes at level 0",
+    "image.py SealedImage.try_read: 1 => 0": "only performance: one block more is looked for"
+    " where the read ends on a block's border, and cut off again",
+    "image.py SealedImage.try_read: not offset % BLOCK_SIZE and end - offset == len(out) => end -"
+    " offset == len(out)": "equivalent: a read of whole blocks' length that begins within one"
+    " touches one block more, so that the lengths differ",
+    "image.py SealedImage._merge_edges: end % BLOCK_SIZE and end < self.size => end %"
+    " BLOCK_SIZE": _COVERED,
+    "image.py SealedImage._merge_edges: end < self.size => end <= self.size": _COVERED,
+    "image.py SealedImage.write_steps: is_edge and block * BLOCK_SIZE < self.size =>"
+    " is_edge": _BEYOND,
+    "image.py SealedImage.write_steps: block * BLOCK_SIZE < self.size => block * BLOCK_SIZE <="
+    " self.size": _BEYOND,
+    "image.py SealedImage.write: 20 => 21": "only performance: a long write goes in larger pieces",
+    "image.py SealedImage.discard_steps: last * BLOCK_SIZE => last // BLOCK_SIZE": _NOTHING,
+    "image.py SealedImage.discard_steps: first * BLOCK_SIZE > offset => first * BLOCK_SIZE >="
+    " offset": _NOTHING,
+}
+"""Name of a mutant to the reason why no test needs to catch it."""
