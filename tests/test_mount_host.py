@@ -228,6 +228,8 @@ def test_labels_are_not_a_user_s(user: User) -> None:
 
 def test_a_directory_that_another_user_made_first_is_refused(user: User) -> None:
     """Without XDG_RUNTIME_DIR the sockets are in /tmp, where anybody may make directories."""
+    if ROOT.is_relative_to("/tmp"):
+        pytest.skip("hides /tmp, and with it this checkout")
     del user.environment["XDG_RUNTIME_DIR"]
     with mount_namespace() as inside:
         inside.run("mount", "-t", "tmpfs", "-o", "mode=1777", "none", "/tmp")
