@@ -74,7 +74,7 @@ class KeyRefused(KeyServiceError):
 
 
 class KeyRecordDamaged(KeyServiceError):
-    """A key record, the registry or the host record was altered, swapped or damaged."""
+    """A key record, the registry, the ledger or the host record was altered or damaged."""
 
 
 class RecoveryRefused(KeyServiceError):

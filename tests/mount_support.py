@@ -313,6 +313,7 @@ def wait_for(condition: Any, what: str) -> None:
 
 def main() -> int:
     from sealfs.image.cache import BlockCache
+    from sealfs.keys.hardening import harden
     from sealfs.mount import daemon, kernel, session
     from sealfs.mount.options import MountOptions
 
@@ -333,7 +334,7 @@ def main() -> int:
 
     source, mountpoint = session.check_places(chosen.source, chosen.mountpoint)
     daemon.set_up_log(foreground=False, file=chosen.log, verbose=1)
-    daemon.harden()
+    harden()
     if chosen.helper:
         kernel.mount = kernel.mount_by_helper
     cache = BlockCache(clean_max=options.cache_size, dirty_max=options.dirty_size)

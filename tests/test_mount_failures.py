@@ -350,7 +350,7 @@ def test_no_core_dump_and_not_traceable(source: Path) -> None:
         assert not os.WCOREDUMP(status)
         subprocess.run(["umount", "-l", mount.mountpoint], check=True)
     program = (
-        "import ctypes; from sealfs.mount import daemon; daemon.harden();"
+        "import ctypes; from sealfs.keys import hardening; hardening.harden();"
         "print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"  # PR_GET_DUMPABLE
     )
     done = subprocess.run(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from sealfs.cli.errors import STATE_DEFAULT, Situation
+from sealfs.keys.hardening import harden
 
 if TYPE_CHECKING:
     from sealfs.keys.service import KeyService
@@ -44,8 +44,8 @@ class Settings:
 
     @contextmanager
     def keys(self) -> Iterator[KeyService]:
-        """Open the key service for a while; no core dump of this process will hold its keys."""
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        """Open the key service for a while, in a process that nobody can look into."""
+        harden()
         from sealfs.keys.service import KeyService  # slow to load; help and usage need none
 
         with KeyService.open(self.state, tpm=self.tpm) as keys:

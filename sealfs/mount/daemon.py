@@ -1,4 +1,4 @@
-"""Becoming a daemon: the forks, the hardening, where the log goes.
+"""Becoming a daemon: the forks, and where the log goes.
 
 `detach` forks before any thread or event loop exists. The caller's process returns when the daemon
 says it is ready, with the daemon's own error when it fails. Knows nothing of FUSE.
@@ -6,12 +6,10 @@ says it is ready, with the daemon's own error when it fails. Knows nothing of FU
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import logging.handlers
 import os
-import resource
 import socket
 import sys
 import traceback
@@ -22,7 +20,6 @@ from typing import NoReturn
 from sealfs.errors import SealfsError, StorageFailed, UsageError
 from sealfs.mount.control import error_document, error_from
 
-_PR_SET_DUMPABLE = 4  # <linux/prctl.h>
 _REPORT_MAX = 1 << 16
 SYSLOG = "/dev/log"
 
@@ -40,14 +37,6 @@ class _OneLine(logging.Formatter):
             c if c.isprintable() else c.encode("unicode_escape").decode() for c in record.message
         )
         return super().formatMessage(record)
-
-
-def harden() -> None:
-    """No core dumps and no ptrace by others: this process holds image keys and plaintext."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE) failed")
 
 
 def set_up_log(

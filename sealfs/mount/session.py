@@ -28,6 +28,7 @@ import trio
 
 from sealfs.errors import NotFound, SealfsError, StorageFailed, UsageError
 from sealfs.image.cache import BlockCache
+from sealfs.keys.hardening import harden
 from sealfs.mount import control, daemon, kernel
 from sealfs.mount.control import ControlServer, Document, RunningMount, run_directory
 from sealfs.mount.driver import Disks
@@ -271,7 +272,7 @@ def mount_directory(
         daemon.set_up_log(
             foreground=foreground, file=log_file, fallback=where / "mount.log", verbose=verbose
         )
-        daemon.harden()
+        harden()
         cache = BlockCache(clean_max=options.cache_size, dirty_max=options.dirty_size)
         opener = Opener(keys(), cache, read_only=options.read_only)
         return serve_mount(
