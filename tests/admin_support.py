@@ -62,10 +62,14 @@ class MountNamespace:
         )
         end = time.monotonic() + 10
         mine = os.readlink("/proc/self/ns/mnt")
-        while os.readlink(f"/proc/{self._holder.pid}/ns/mnt") == mine:
+        table = Path(f"/proc/{self._holder.pid}/mountinfo")
+        # It makes its mounts private after that; before, ours would be mounted over too.
+        while (
+            os.readlink(f"/proc/{self._holder.pid}/ns/mnt") == mine
+            or b" shared:" in table.read_bytes()
+        ):
             assert time.monotonic() < end, "unshare"
             time.sleep(0.01)
-        time.sleep(0.05)  # it makes its mounts private after that
 
     @property
     def root(self) -> Path:

@@ -194,6 +194,7 @@ def test_a_user_lists_all_of_a_full_directory(user: User) -> None:
 def test_allow_other_is_fuse_conf_s_to_permit(user: User, tmp_path: Path) -> None:
     done = user.mount("-o", "allow_other", status=2)
     assert "'user_allow_other' is set in /etc/fuse.conf" in done.stderr
+    assert "hint: add user_allow_other to /etc/fuse.conf" in done.stderr
     assert kernel.mounted_at(str(user.mountpoint)) is None
     configuration = tmp_path / "fuse.conf"
     configuration.write_text("user_allow_other\n")

@@ -171,6 +171,8 @@ def _nothing(error: BaseException, situation: Situation) -> None:
 
 
 def _senseless(error: BaseException, situation: Situation) -> str | None:
+    if "user_allow_other" in str(error):
+        return "add user_allow_other to /etc/fuse.conf, or mount without allow_other"
     return situation.again("--shrink") if "would be cut off" in str(error) else None
 
 
