@@ -13,13 +13,17 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 from mount_support import Mounted, TinyKeys, mounted, open_offline, seal_new, wait_for
 
-from sealfs.errors import ForeignImage, RolledBack
-from sealfs.mount.driver import BUMP_INTERVAL, NOTE_INTERVAL
+from sealfs.errors import ForeignImage, RolledBack, TpmUnavailable
+from sealfs.mount.driver import BUMP_INTERVAL, NOTE_INTERVAL, Disks
+from sealfs.mount.failures import Failures
+from sealfs.mount.workers import Workers
 
 pytestmark = [
     pytest.mark.fuse,
@@ -107,11 +111,6 @@ class Victim:
         return killed - self.snapshots[found.index(True)].taken
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    return tmp_path
-
-
 def killed_at_work(victim: Victim, seconds: float, pause: float) -> float:
     with victim.mounted() as mount:
         victim.work(mount, seconds, pause)
@@ -147,6 +146,34 @@ def test_with_the_state_directory_too_the_bump_interval_can_be_turned_back(
     # A bump is tried at a note; two of each may lie between.
     assert window <= 1 + NOTE_INTERVAL + BUSY
     assert BUMP_INTERVAL >= 600, "a TPM's counter wears out"
+
+
+def test_a_bump_that_fails_is_tried_again() -> None:
+    answers = [TpmUnavailable("tpm", "does not answer"), None]
+    bumps = 0
+
+    def bump() -> None:
+        nonlocal bumps
+        bumps += 1
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+
+    async def main() -> None:
+        workers = Workers(1)
+        opener: Any = SimpleNamespace(bump=bump)
+        cache: Any = SimpleNamespace(dirty_max=1 << 20)
+        disks = Disks(opener=opener, workers=workers, cache=cache, failures=Failures())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(workers.collect)
+            disks._has_noted = True
+            for _ in range(4):
+                await disks._bump()
+            nursery.cancel_scope.cancel()
+        workers.close()
+
+    trio.run(main)
+    assert bumps == 2, "once in vain, once more, and not again"
 
 
 def test_after_a_clean_end_nothing_can_be_turned_back(tmp_path: Path) -> None:

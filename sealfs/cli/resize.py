@@ -10,12 +10,13 @@ import click
 from sealfs.cli import sealed
 from sealfs.cli.arguments import SIZE
 from sealfs.cli.output import print_json
-from sealfs.cli.settings import Settings, common_options
+from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import UsageError
+from sealfs.keys.vmkey import wipe
 
 
 @click.command("resize")
-@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("image", type=PATH)
 @click.argument("size", type=SIZE)
 @click.option("--shrink", is_flag=True, help="Even if that cuts content off.")
 @common_options
@@ -37,7 +38,7 @@ def resize_command(settings: Settings, image: Path, size: int, shrink: bool) -> 
 
 
 def _resize(settings: Settings, path: Path, size: int, *, may_shrink: bool) -> None:
-    from sealfs.mount.opener import Opener, wipe
+    from sealfs.mount.opener import Opener
 
     with settings.keys() as keys:
         opener = Opener(keys, sealed.new_cache(), read_only=False)

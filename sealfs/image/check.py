@@ -47,16 +47,11 @@ class Part:
     """None: that was the last part."""
 
 
-def check_steps(volume: Volume, *, data: bool) -> Steps[list[Finding]]:
-    """Verify every leaf page and, with `data`, every block. Node pages were verified at open."""
-    findings: list[Finding] = []
-    for group in list(volume.tree.groups()):
-        findings += yield from _group_steps(volume, group, data)
-    return findings
-
-
 def check_part_steps(volume: Volume, start: int, count: int, *, data: bool) -> Steps[Part]:
-    """As `check_steps` for the first `count` groups from the group `start` on."""
+    """Verify the leaf pages of the first `count` groups from the group `start` on.
+
+    With `data` every block too. Node pages were verified at open.
+    """
     findings: list[Finding] = []
     groups = list(islice(volume.tree.groups(start), count + 1))
     for group in groups[:count]:
@@ -126,12 +121,11 @@ def _cause(volume: Volume, group: int, index: int, page: bytes, sealed: bytes | 
             content[:BLOCK_SIZE] = volume.storage.read_direct(home, BLOCK_SIZE)
     except StorageFailed as exc:
         return f"cannot be read: {exc.detail}"
-    is_empty = not any(memoryview(content)[:BLOCK_SIZE])
     nonce, tag, _ = ENTRY_PARTS.unpack_from(page, index * ENTRY_SIZE)
     try:
         volume.cipher.open_block(block, content, nonce, tag)
     except BlockDamaged:
-        if is_empty:
+        if not any(memoryview(content)[:BLOCK_SIZE]):
             return "is all zeros on the storage: lost or punched there"
         return "tag differs: damaged, or altered outside sealfs"
     return None

@@ -544,7 +544,8 @@ class SealedImage:
         """
         if not self.read_only and self.poisoned is None:
             yield from self.flush_steps()
-        return (yield from check.check_steps(self._volume, data=data))
+        every = self._geometry.group_count_max
+        return (yield from check.check_part_steps(self._volume, 0, every, data=data)).findings
 
     def check_part_steps(self, start: int, count: int, *, data: bool) -> Steps[check.Part]:
         """Verify `count` groups from the group `start` on, as the device has them; exclusive.

@@ -9,7 +9,6 @@ Concurrency: everything here runs in the trio thread; see disk.py for what is dr
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -34,8 +33,6 @@ BUMP_INTERVAL = 1200.0  # seconds that one with the host's disk too can; TPM cou
 COMMIT_INTERVAL = 5.0  # seconds after the oldest unflushed write
 IDLE_CLOSE = 60.0  # seconds after the last close
 QUIET_CHECKPOINT = 10.0  # seconds without a flush after which the journal is emptied
-
-log = logging.getLogger("sealfs.mount")
 
 
 class Disks:
@@ -232,7 +229,14 @@ class Disks:
         if self._has_noted:
             self._bumped_at = time.monotonic()
             self._has_noted = False
-            await self._unharmed(partial(self.workers.run, self._opener.bump))
+            await self._unharmed(self._try_bump)
+
+    async def _try_bump(self) -> None:
+        try:
+            await self.workers.run(self._opener.bump)
+        except Exception:
+            self._has_noted = True  # still not bound to the counter: tried again
+            raise
 
     async def _unharmed(self, action: Callable[[], Awaitable[None]]) -> None:
         """Await what no disk depends on: its failure is logged, and everything goes on."""

@@ -34,6 +34,7 @@ from sealfs.image.image import SealedImage
 from sealfs.image.layout import geometry_for
 from sealfs.image.recovery import peek, read_identity
 from sealfs.image.storage import FileStorage
+from sealfs.keys.vmkey import IMAGE_KEY_SIZE, wipe
 from sealfs.mount import names
 from sealfs.mount.disk import Opened
 from sealfs.mount.freshness import NEWBORN, Ledger, progress_of, witness
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sealfs.mount")
 
-IMAGE_KEY_SIZE = 32  # AES-256
 _PEEKS_MAX = 4096  # sizes remembered
 _HINTS_MAX = 4096  # VM ids remembered, for the log
 
@@ -348,8 +348,3 @@ def _moves(old: Path, new: Path) -> list[tuple[Path, Path]]:
         for path in old.rglob(f"*{SUFFIX}")
         if path.is_file() and not path.is_symlink()
     ]
-
-
-def wipe(key: bytearray) -> None:
-    """Overwrite a key with zeros."""
-    key[:] = bytes(len(key))

@@ -305,49 +305,33 @@ def serve_mount(
     # would then be made in the directory that was mounted over.
     source_fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return _mount_and_serve(
-            source, mountpoint, options=options, opener=opener, cache=cache, run_dir=run_dir,
-            ready=ready,
-        )  # fmt: skip
+        device_fd = kernel.mount(source, mountpoint, options)
+        ours = kernel.mounted_at(str(mountpoint))
+        try:
+            session = Session(
+                source,
+                mountpoint,
+                options=options,
+                opener=opener,
+                cache=cache,
+                device_fd=device_fd,
+                run_dir=run_dir,
+            )
+            try:
+                sys.setswitchinterval(SWITCH_INTERVAL)
+                status: int = trio.run(session.run, ready)
+            finally:
+                session.dispose()
+        except BaseException:
+            # Leave no dead mount point behind. After a normal end it is unmounted, and its place
+            # and its number may be another's already.
+            for place in kernel.places_of(ours) if ours is not None else ():
+                with contextlib.suppress(SealfsError):
+                    kernel.unmount(Path(place), lazy=True)
+            raise
+        return status
     finally:
         os.close(source_fd)
-
-
-def _mount_and_serve(
-    source: Path,
-    mountpoint: Path,
-    *,
-    options: MountOptions,
-    opener: Opener,
-    cache: BlockCache,
-    run_dir: Path,
-    ready: Callable[[], None],
-) -> int:
-    device_fd = kernel.mount(source, mountpoint, options)
-    ours = kernel.mounted_at(str(mountpoint))
-    try:
-        session = Session(
-            source,
-            mountpoint,
-            options=options,
-            opener=opener,
-            cache=cache,
-            device_fd=device_fd,
-            run_dir=run_dir,
-        )
-        try:
-            sys.setswitchinterval(SWITCH_INTERVAL)
-            status: int = trio.run(session.run, ready)
-        finally:
-            session.dispose()
-    except BaseException:
-        # Leave no dead mount point behind. After a normal end it is unmounted, and its place and
-        # its number may be another's already.
-        for place in kernel.places_of(ours) if ours is not None else ():
-            with contextlib.suppress(SealfsError):
-                kernel.unmount(Path(place), lazy=True)
-        raise
-    return status
 
 
 def check_places(source: Path, mountpoint: Path) -> tuple[Path, Path]:
