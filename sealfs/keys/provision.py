@@ -1,4 +1,5 @@
-"""Setting up a host: storage key, host secret, NV counter, recovery recipient, empty registry.
+"""Setting up a host: storage key, host secret, NV counter, recovery recipient, empty
+registry and ledger.
 
 The host record is named last, when everything it speaks of is durable, the TPM's own state
 included. Until then it stands as `host.pending`, so that a later init can find and free the NV

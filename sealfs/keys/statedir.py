@@ -1,8 +1,9 @@
-"""The state directory: where keys, registry and embedded TPM live, its lock, its durable writes.
+"""The state directory: keys, registry, ledger, embedded TPM; its lock, its durable writes.
 
 The one module of the key room that writes files. A file is replaced as a whole: temporary file,
 fsync, rename, fsync of the directory; a reader therefore needs no lock and sees the old or the
-new content. Whoever reads, changes and writes back holds the lock (`StateDir.lock`), so many
+new content. Only the ledger is appended to as well; its reader finds the end by the MACs of its
+rows. Whoever reads, changes and writes back holds the lock (`StateDir.lock`), so many
 processes may share one state directory. The lock also covers the embedded TPM.
 
 Concurrency: `lock` serialises the threads of a process by a mutex (no time limit: each holder is
