@@ -1,5 +1,4 @@
-"""Setting up a host: storage key, host secret, NV counter, recovery recipient, empty
-registry and ledger.
+"""Setting up a host: storage key, host secret, NV counter, recovery recipient, registry, ledger.
 
 The host record is named last, when everything it speaks of is durable, the TPM's own state
 included. Until then it stands as `host.pending`, so that a later init can find and free the NV
