@@ -28,6 +28,7 @@ from sealfs.image.format import Anchor
 from sealfs.keys.ledger import Ledger, empty
 from sealfs.keys.registry import Registry, RegistryFile
 from sealfs.keys.statedir import LEDGER_FILE, REGISTRY_FILE, ImageLock, StateDir
+from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 30.0  # seconds for whatever should take a moment
@@ -101,14 +102,17 @@ class TinyKeys:
             raise KeyRefused(vm_id, "revoked")
         return TinyVmKey(kmi, hmac.digest(b"tests", kmi.encode(), hashlib.sha256))
 
-    def ensure(self, vm_id: str) -> TinyVmKey:
-        return self.unseal(vm_id, vm_id)
+    def image_key(self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes) -> bytearray:
+        with self.unseal(kmi, vm_id) as vm_key:
+            return vm_key.unwrap_image_key(image_uuid, wrapped)
+
+    def new_image_key(self, vm_id: str, image_uuid: bytes) -> NewImageKey:
+        with self.unseal(vm_id, vm_id) as vm_key:
+            key = bytearray(os.urandom(IMAGE_KEY_SIZE))
+            return NewImageKey(key, vm_id, vm_key.wrap_image_key(image_uuid, key), ())
 
     def lock_image(self, subject: object, uuid: bytes, *, shared: bool) -> ImageLock:
         return self._kept.lock_image(subject, uuid, shared=shared)
-
-    def random(self, size: int) -> bytes:
-        return os.urandom(size)
 
 
 def seal_new(state: Path, path: Path, *, vm_id: str, size: int) -> None:

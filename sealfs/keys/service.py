@@ -36,7 +36,7 @@ from sealfs.keys.registry import Registry
 from sealfs.keys.reports import InitReport, KeyInfo, SlotReport
 from sealfs.keys.statedir import LEDGER_FILE, ImageLock
 from sealfs.keys.vault import Vault
-from sealfs.keys.vmkey import VmKey
+from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey
 
 if TYPE_CHECKING:
     from sealfs.keys.tpm import Tpm
@@ -169,6 +169,33 @@ class KeyService:
             raise KeyRefused(kmi, f"is the key of VM {record.vm_id!r}, not of {vm_id!r}")
         with self._host.tpm() as tpm:
             return self._vault.open_record(record, tpm)
+
+    def image_key(self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes) -> bytearray:
+        """Return the key of one image, which the caller wipes; all that a console needs (C4).
+
+        Args:
+            kmi: From the image's identity, as the others.
+            vm_id: Whose image it is.
+            image_uuid: 16 bytes.
+            wrapped: The image key as `VmKey.wrap_image_key` returned it.
+
+        Raises:
+            As `unseal`; KeyRefused also where the image's key is not wrapped under this VM's.
+        """
+        with self.unseal(kmi, vm_id) as vm_key:
+            return vm_key.unwrap_image_key(image_uuid, wrapped)
+
+    def new_image_key(self, vm_id: str, image_uuid: bytes) -> NewImageKey:
+        """Return the key of a new image of a VM; the VM's own key is made if it has none.
+
+        Raises:
+            As `ensure`.
+        """
+        with self.ensure(vm_id) as vm_key:
+            # Crash from here on: a key without an image; the next image of that VM uses it.
+            key = bytearray(self.random(IMAGE_KEY_SIZE))
+            wrapped = vm_key.wrap_image_key(image_uuid, key)
+            return NewImageKey(key, vm_key.kmi, wrapped, vm_key.recovery_slots)
 
     def has(self, kmi: str) -> bool:
         """Whether there is a record file for this KMI; nothing is verified."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Final, NoReturn, Self
+from typing import Final, NamedTuple, NoReturn, Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -45,6 +45,18 @@ def derived(
         yield subkey
     finally:
         wipe(subkey)
+
+
+class NewImageKey(NamedTuple):
+    """An image key that was made, and what the image's identity says of it.
+
+    Whoever asked for it wipes `key`.
+    """
+
+    key: bytearray
+    kmi: str
+    wrapped: bytes
+    recovery_slots: tuple[bytes, ...]
 
 
 class VmKey:

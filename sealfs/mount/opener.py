@@ -25,8 +25,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 from sealfs.errors import AlreadyExists, FormatError, SealfsError
 from sealfs.image.format import Anchor, Identity
@@ -34,7 +33,7 @@ from sealfs.image.image import SealedImage
 from sealfs.image.layout import geometry_for
 from sealfs.image.recovery import peek, read_identity
 from sealfs.image.storage import FileStorage
-from sealfs.keys.vmkey import IMAGE_KEY_SIZE, wipe
+from sealfs.keys.vmkey import NewImageKey, wipe
 from sealfs.mount import names
 from sealfs.mount.disk import Opened
 from sealfs.mount.freshness import NEWBORN, Ledger, progress_of, witness
@@ -80,24 +79,6 @@ class Registry(Protocol):
     ) -> contextlib.AbstractContextManager[None]: ...
 
 
-class VmKey(Protocol):
-    """A VM's unsealed key, wiped by `with`."""
-
-    @property
-    def kmi(self) -> str: ...
-    @property
-    def recovery_slots(self) -> tuple[bytes, ...]: ...
-    def unwrap_image_key(self, image_uuid: bytes, wrapped: bytes) -> bytearray: ...
-    def wrap_image_key(self, image_uuid: bytes, image_key: bytearray) -> bytes: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
 class Keys(Protocol):
     """The key service as the mount needs it; any thread may call it."""
 
@@ -105,9 +86,8 @@ class Keys(Protocol):
     def registry(self) -> Registry: ...
     @property
     def ledger(self) -> Ledger: ...
-    def unseal(self, kmi: str, vm_id: str) -> VmKey: ...
-    def ensure(self, vm_id: str) -> VmKey: ...
-    def random(self, size: int) -> bytes: ...
+    def image_key(self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes) -> bytearray: ...
+    def new_image_key(self, vm_id: str, image_uuid: bytes) -> NewImageKey: ...
     def lock_image(self, subject: object, image_uuid: bytes, *, shared: bool) -> ImageLock: ...
 
 
@@ -231,20 +211,18 @@ class Opener:
                     raise AlreadyExists(
                         path, f'VM id "{vm_id}" belongs to "{entry.path}"; choose another name'
                     )
-            key = bytearray(self._keys.random(IMAGE_KEY_SIZE))
             image_uuid = uuid.uuid4().bytes
-            with self._keys.ensure(vm_id) as vm_key:
-                # Crash here: a key without an image; the next create of that VM uses it.
-                identity = Identity(
-                    uuid=image_uuid,
-                    vm_id=vm_id,
-                    kmi=vm_key.kmi,
-                    created=int(time.time()),
-                    wrapped_keys=((1, vm_key.wrap_image_key(image_uuid, key)),),
-                    recovery_slots=vm_key.recovery_slots,
-                )
+            new = self._keys.new_image_key(vm_id, image_uuid)
+            identity = Identity(
+                uuid=image_uuid,
+                vm_id=vm_id,
+                kmi=new.kmi,
+                created=int(time.time()),
+                wrapped_keys=((1, new.wrapped),),
+                recovery_slots=new.recovery_slots,
+            )
             try:
-                self._create_at(temporary, identity, key, owner)
+                self._create_at(temporary, identity, new.key, owner)
                 self._keys.ledger.accept(image_uuid, NEWBORN)
                 # Crash here: a line in the ledger that concerns no image.
                 self._keys.registry.add(path, image_uuid, vm_id, replace=True)
@@ -253,7 +231,7 @@ class Opener:
             except FileExistsError:
                 raise AlreadyExists(path, "exists") from None
             finally:
-                wipe(key)
+                wipe(new.key)
                 temporary.unlink(missing_ok=True)
             sync_directory(path.parent)
 
@@ -309,8 +287,7 @@ class Opener:
         wanted = identity.key_generation
         for generation, wrapped in identity.wrapped_keys:
             if generation == wanted:
-                with self._keys.unseal(identity.kmi, identity.vm_id) as vm_key:
-                    return vm_key.unwrap_image_key(identity.uuid, wrapped)
+                return self._keys.image_key(identity.kmi, identity.vm_id, identity.uuid, wrapped)
         raise FormatError(path, f"identity has no image key of generation {wanted}")
 
     def _remember(self, path: Path, vm_id: str) -> None:
