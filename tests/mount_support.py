@@ -25,7 +25,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sealfs.errors import KeyRefused
 from sealfs.image.format import Anchor
-from sealfs.keys.ledger import Ledger, empty
+from sealfs.keys import ledger as ledgers
+from sealfs.keys.ledger import Ledger
 from sealfs.keys.registry import Registry, RegistryFile
 from sealfs.keys.statedir import LEDGER_FILE, REGISTRY_FILE, ImageLock, StateDir
 from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey
@@ -83,13 +84,13 @@ class TinyKeys:
     def __init__(self, state: Path) -> None:
         self._state = state
         kept = self._kept = StateDir.create(state)
-        self.registry = Registry(kept, bytes(16), _lend_key)
         self.ledger = Ledger(
             kept, bytes(16), counter=TinyCounter(state), subkey=_lend_key, subject="ledger"
         )
+        self.registry = Registry(kept, bytes(16), _lend_key, self.ledger)
         with kept.lock() as held:
             if not (state / LEDGER_FILE).exists():
-                kept.write(LEDGER_FILE, empty(bytes(16), 0, _KEY), held)
+                kept.write(LEDGER_FILE, ledgers.new(bytes(16), 0, {}, _KEY), held)
             if not (state / REGISTRY_FILE).exists():
                 none = RegistryFile(bytes(16), ()).with_mac(_KEY)
                 kept.write(REGISTRY_FILE, none.encode(), held)

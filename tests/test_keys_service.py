@@ -28,10 +28,14 @@ from sealfs.errors import (
     KeyRefused,
     KeyServiceError,
     RecoveryRefused,
+    RolledBack,
+    StorageFailed,
     TpmUnavailable,
     UsageError,
 )
+from sealfs.keys import labels
 from sealfs.keys.records import KeyRecord
+from sealfs.keys.registry import RegistryEntry, RegistryFile
 from sealfs.keys.service import KeyService
 
 pytestmark = pytest.mark.tpm
@@ -524,12 +528,77 @@ def test_an_edited_removed_or_foreign_registry_is_refused(state, service, tmp_pa
     assert service.registry.lookup(tmp_path / "a") is not None
 
 
-def test_an_older_registry_of_this_host_is_not_noticed_yet(state, service, tmp_path):
-    # What this room cannot see without the ledger, written down so that its coming is noticed.
-    old = (state / "registry").read_bytes()
+def test_an_older_registry_of_this_host_is_refused(state, service, tmp_path):
+    registry = state / "registry"
+    empty = registry.read_bytes()
     service.registry.add(tmp_path / "a", UUID, "web1")
+    one = registry.read_bytes()
+    service.registry.add(tmp_path / "b", UUID, "web1")
+    two = registry.read_bytes()
+    for old in (empty, one):
+        registry.write_bytes(old)
+        for use in (
+            lambda: service.registry.lookup(tmp_path / "a"),
+            lambda: service.registry.check(tmp_path / "a", UUID, "web1"),
+            lambda: service.registry.add(tmp_path / "c", UUID, "web1"),
+            lambda: service.registry.remove(tmp_path / "c"),
+        ):
+            with pytest.raises(RolledBack, match="has seen it at change 2"):
+                use()
+        assert registry.read_bytes() == old
+    registry.write_bytes(one)
+    assert service.registry.rebase()
+    assert service.registry.lookup(tmp_path / "b") is None
+    registry.write_bytes(two)  # newer than what was accepted: as after a crash before the note
+    assert service.registry.lookup(tmp_path / "b") is not None
+    for lost in (b"rubbish", two[:-1], None):
+        registry.unlink() if lost is None else registry.write_bytes(lost)
+        with pytest.raises((KeyRecordDamaged, FormatError)):
+            service.registry.entries()
+        assert not service.registry.rebase()
+        assert service.registry.entries() == []
+        service.registry.add(tmp_path / "b", UUID, "web1")
+    registry.write_bytes(two)
+    with pytest.raises(RolledBack):
+        service.registry.entries()
+
+
+def test_a_registry_whose_change_was_never_noted_is_taken_and_its_fork_is_not(
+    state, service, tmp_path, monkeypatch
+):
+    registry = state / "registry"
+    before = registry.read_bytes()
+
+    def dies(images: object) -> None:
+        raise StorageFailed("ledger", "cannot be written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service.ledger, "note", dies)
+        with pytest.raises(StorageFailed):
+            service.registry.add(tmp_path / "lost", UUID, "web1")
+    unnoted = registry.read_bytes()
+    assert service.registry.lookup(tmp_path / "lost") is not None
+    registry.write_bytes(before)
+    service.registry.add(tmp_path / "other", UUID, "web1")
+    registry.write_bytes(unnoted)  # as many changes, but not those that were noted
+    with pytest.raises(RolledBack, match="at change 1"):
+        service.registry.entries()
+
+
+def test_a_registry_of_format_version_1_is_read_and_written_anew(state, service, tmp_path):
+    entries = (RegistryEntry(str(tmp_path / "a"), UUID, "web1"),)
+    host_id = ks.host_record(state).host_id
+    with service._host.subkey(labels.REGISTRY_MAC_INFO) as mac_key:
+        old = RegistryFile(host_id, entries, version=1).with_mac(mac_key).encode()
+    assert old[8:10] == b"\0\x01"
     (state / "registry").write_bytes(old)
-    assert service.registry.entries() == []
+    assert service.registry.lookup(tmp_path / "a") is not None
+    service.registry.add(tmp_path / "b", UUID, "web1")
+    assert (state / "registry").read_bytes()[8:10] == b"\0\x02"
+    assert len(service.registry.entries()) == 2
+    (state / "registry").write_bytes(old)
+    with pytest.raises(RolledBack):
+        service.registry.entries()
 
 
 def test_a_state_directory_copied_without_its_tpm_gives_nothing(state, service, tmp_path):

@@ -18,7 +18,7 @@ import pytest
 
 from sealfs.errors import FormatError, KeyRecordDamaged, RolledBack
 from sealfs.keys import ledger as ledger_module
-from sealfs.keys.ledger import Ledger, LedgerFile, Progress, empty
+from sealfs.keys.ledger import Ledger, LedgerFile, Progress, new
 from sealfs.keys.statedir import LEDGER_FILE, HeldLock, StateDir
 
 KEY = b"k" * 32
@@ -54,7 +54,7 @@ class Place:
         self.state = StateDir.create(path)
         self.counter = Count()
         with self.state.lock() as held:
-            self.state.write(LEDGER_FILE, empty(HOST, self.counter.value, KEY), held)
+            self.state.write(LEDGER_FILE, new(HOST, self.counter.value, {}, KEY), held)
 
     def process(self) -> Ledger:
         return Ledger(self.state, HOST, counter=self.counter, subkey=lend, subject="ledger")
@@ -150,7 +150,7 @@ def test_a_removed_foreign_or_emptied_ledger_is_refused(place: Place, tmp_path: 
         place.path.write_bytes(raw)
         with pytest.raises((KeyRecordDamaged, FormatError)):
             place.process().begin()
-    place.path.write_bytes(empty(B, place.counter.value, KEY))
+    place.path.write_bytes(new(B, place.counter.value, {}, KEY))
     with pytest.raises(KeyRecordDamaged, match="another host"):
         place.process().find(A)
     place.path.write_bytes(good[:8] + b"\0\2" + good[10:])
@@ -172,7 +172,7 @@ def test_an_older_ledger_is_refused_and_can_be_accepted(place: Place) -> None:
     assert place.process().rebase()
     assert place.process().find(A) == at(1)
     assert ledger.find(A) == at(1)
-    for lost in (b"", old[:30], empty(B, 99, KEY), None):
+    for lost in (b"", old[:30], new(B, 99, {}, KEY), None):
         place.path.unlink() if lost is None else place.path.write_bytes(lost)
         assert not place.process().rebase()
         assert place.process().find(A) is None
@@ -274,7 +274,7 @@ class State(NamedTuple):
 
 def explore(depth: int, notes_max: int, ledger_class: type[Ledger] = Ledger) -> tuple[int, str]:
     """Return how many states there are, and what is wrong in the first that is; empty if none."""
-    first = empty(HOST, 1, KEY)
+    first = new(HOST, 1, {}, KEY)
     start = State(1, first, frozenset((first,)), 0, (False, False), False)
     seen, front = {start}, {start}
     for _ in range(depth):

@@ -47,7 +47,7 @@ from sealfs.image.recovery import Lineage, Witness
 from sealfs.image.steps import run
 from sealfs.image.storage import FileStorage
 from sealfs.image.volume import Volume, encode_superblock
-from sealfs.keys.ledger import LedgerFile, Progress, empty
+from sealfs.keys.ledger import LedgerFile, Progress, new
 
 BLOCKS = 40
 SALTS = random.Random(0)
@@ -920,7 +920,7 @@ def test_a_file_has_one_writer_or_several_readers(tmp_path: Path) -> None:
 
 def test_a_row_counts_only_behind_the_one_it_was_written_behind() -> None:
     key, host = b"k" * 32, b"h" * 16
-    raw = empty(host, 1, key)
+    raw = new(host, 1, {}, key)
     rows: list[bytes] = []
     for sequence in (1, 2, 3):
         whole = raw + b"".join(rows)

@@ -92,8 +92,6 @@ _NO_SPACE_ERRNOS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 STATE_DEFAULT = Path("/var/lib/sealfs")
 _ROOTS_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # sudoers: secure_path
 _KEPT_BY_HOST = ("key record", "registry", "ledger", "host")
-_STATE_FILES = ("registry", "host.record")
-"""Files of the state directory that no recovery key makes again."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -212,6 +210,8 @@ def _dead_mount(error: BaseException, situation: Situation) -> str | None:
 def _tpm(error: BaseException, situation: Situation) -> str | None:
     if situation.command == "init":
         return situation.sealfs("init --tpm swtpm") if "hardware TPM" in str(error) else None
+    if "embedded TPM is gone" in str(error):
+        return situation.sealfs("init --replace-tpm")
     return situation.sealfs("doctor")
 
 
@@ -228,10 +228,15 @@ def _key_refused(error: BaseException, situation: Situation) -> str | None:
     if text.endswith("try again"):
         return situation.again()
     lost = Path(getattr(error, "subject", ""))
-    if lost == situation.state / "ledger":
+    if lost in (situation.state / "ledger", situation.state / "registry"):
         return situation.sealfs("accept-rollback --ledger")
-    if lost.name in _STATE_FILES and lost.parent == situation.state:
-        return f"restore {quoted(lost)} from a backup; without one this host is lost, see README"
+    if lost == situation.state / "host.record":
+        return (
+            f"restore {quoted(lost)} from a backup; without one: "
+            f"{situation.sealfs('init --replace-tpm')}"
+        )
+    if "TPM of init" in text or "embedded TPM is gone" in text:
+        return situation.sealfs("init --replace-tpm")
     if situation.command == "key recover":
         return None
     if situation.path is None:
@@ -316,7 +321,7 @@ HINTS: tuple[tuple[type[BaseException], Hint, str], ...] = (
     (errors.RecoveryRefused, _nothing, "type it again; `sealfs info IMAGE` names the right one"),
     (errors.KeyNotFound, _no_key, ""),
     (errors.KeyRefused, _key_refused, ""),
-    (errors.KeyRecordDamaged, _key_refused, "registry, host record: a backup of the state"),
+    (errors.KeyRecordDamaged, _key_refused, "of the host itself: a backup of the state"),
     (errors.KeyServiceError, _nothing, "`-v` shows more"),
     (errors.RolledBack, _rolled_back, "only if you restored it yourself"),
     (errors.ForeignImage, _with_path("register {path}"), "only if you moved it yourself"),

@@ -171,7 +171,7 @@ def recover_keys(
     for image in images:
         sealed.find(settings.about(image))
     with settings.keys() as keys:
-        recovery_key = _recovery_key(key_file)
+        recovery_key = recovery_key_from(key_file)
         recovered = [
             _recover(settings, keys, settings.about(image), recovery_key, replace)
             for image in images
@@ -200,7 +200,7 @@ def _recover(
     return entered
 
 
-def _recovery_key(key_file: str | None) -> str:
+def recovery_key_from(key_file: str | None) -> str:
     """Read the recovery key; it never stands in an argument or the environment.
 
     Raises:

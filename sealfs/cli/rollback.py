@@ -28,28 +28,31 @@ def accept_rollback_command(settings: Settings, image: Path | None, ledger: bool
     """Go on with an image that is older than this host has seen it: a restored backup.
 
     The image is verified with its key; what was written after it was saved is lost, and copies
-    newer than it are refused from now on. With --ledger: take the ledger in the state directory,
-    which is older than the TPM's counter, for the present one; each image is compared with it. Of
-    a ledger that is gone or damaged nothing is kept: then `register` each image.
+    newer than it are refused from now on. With --ledger: take the ledger and the registry in the
+    state directory, which are older than this host has seen them, for the present ones; each image
+    is compared with them. Of one that is gone or damaged nothing is kept: then `register` each
+    image.
     """
     if (image is None) != ledger:
         raise UsageError("accept-rollback", "name an image, or --ledger")
     if image is None:
         with settings.keys() as keys:
-            is_kept = keys.ledger.rebase()
-        log.warning(
-            'the ledger in "%s" was %s', settings.state,
-            "accepted as it is" if is_kept else "unreadable; an empty one knows no image yet",
-        )  # fmt: skip
+            kept = {"ledger": keys.ledger.rebase(), "registry": keys.registry.rebase()}
+        for name, is_kept in kept.items():
+            log.warning(
+                'the %s in "%s" was %s', name, settings.state,
+                "accepted as it is" if is_kept else "unreadable; an empty one knows no image yet",
+            )  # fmt: skip
         if settings.json:
-            print_json({"state": str(settings.state), "kept": is_kept})
+            print_json({"state": str(settings.state), "kept": kept})
         return
     place = sealed.find(settings.about(image))
     with settings.keys() as keys:
         storage = FileStorage.open(place.sealed, read_only=True)
         try:
             identity = read_identity(storage)
-            sealed.check_registered(place.sealed, identity, keys)
+            if keys.registry.lookup(place.sealed) is not None:
+                sealed.check_registered(place.sealed, identity, keys)
             with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
                 opened = sealed.open_with(storage, identity, vm_key, None)
             before, now = keys.ledger.find(opened.uuid), opened.progress

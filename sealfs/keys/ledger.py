@@ -82,8 +82,10 @@ class LedgerFile:
     """MAC of the last part, which the next row's covers."""
 
     @classmethod
-    def decode(cls, raw: bytes, mac_key: bytes | bytearray, subject: str) -> LedgerFile:
+    def decode(cls, raw: bytes, mac_key: bytes | bytearray | None, subject: str) -> LedgerFile:
         """Parse and authenticate.
+
+        Without a key nothing is authenticated: for the ledger of a host whose TPM is gone.
 
         Raises:
             FormatError: not a ledger, or of another version.
@@ -98,7 +100,7 @@ class LedgerFile:
         images = dict(_entries(reader.take(count * _ENTRY_SIZE)))
         size = reader.position
         chain = reader.take(MAC_SIZE)
-        if not hmac.compare_digest(chain, _mac(mac_key, raw[:size])):
+        if not _is_mac(mac_key, raw[:size], chain):
             raise KeyRecordDamaged(subject, "does not authenticate: it was edited or damaged")
         end = reader.position
         while True:
@@ -106,7 +108,7 @@ class LedgerFile:
             count = int.from_bytes(raw[end : end + 2], "big")
             body = raw[end : end + 2 + count * _ENTRY_SIZE]
             mac = raw[end + len(body) : end + len(body) + MAC_SIZE]
-            if not count or not hmac.compare_digest(mac, _mac(mac_key, chain + body)):
+            if not count or not _is_mac(mac_key, chain + body, mac):
                 return cls(host_id, value, images, end, chain)
             images.update(_entries(body[2:]))
             end += len(body) + MAC_SIZE
@@ -132,9 +134,11 @@ class LedgerFile:
         return body + _mac(mac_key, self.chain + body)
 
 
-def empty(host_id: bytes, value: int, mac_key: bytes | bytearray) -> bytes:
-    """Return the bytes of a ledger that knows no image yet."""
-    return LedgerFile(host_id, value, {}, 0, b"").encode(mac_key)
+def new(
+    host_id: bytes, value: int, images: Mapping[bytes, Progress], mac_key: bytes | bytearray
+) -> bytes:
+    """Return the bytes of a host's first ledger."""
+    return LedgerFile(host_id, value, images, 0, b"").encode(mac_key)
 
 
 class Ledger:
@@ -167,6 +171,15 @@ class Ledger:
             found = self._read(mac_key)
             self._check_value(found, held)
         return found.images.get(image_uuid)
+
+    def noted(self, image_uuid: bytes) -> Progress | None:
+        """As `find`, of the file as it is: neither lock nor counter is asked.
+
+        Raises:
+            KeyRecordDamaged: the ledger was removed, edited, or is another host's.
+        """
+        with self._subkey(labels.LEDGER_MAC_INFO) as mac_key:
+            return self._read(mac_key).images.get(image_uuid)
 
     def begin(self) -> None:
         """Start writing, once in a process: as `bump`; later calls do nothing.
@@ -307,6 +320,13 @@ class Ledger:
 
 def _mac(key: bytes | bytearray, content: bytes) -> bytes:
     return hmac.digest(key, content, "sha256")
+
+
+def _is_mac(key: bytes | bytearray | None, content: bytes, mac: bytes) -> bool:
+    """Whether a MAC fits; without a key whether there is one at all."""
+    if key is None:
+        return len(mac) == MAC_SIZE
+    return hmac.compare_digest(mac, _mac(key, content))
 
 
 def _encoded(images: Mapping[bytes, Progress]) -> Iterable[bytes]:

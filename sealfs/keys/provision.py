@@ -2,7 +2,8 @@
 
 The host record is named last, when everything it speaks of is durable, the TPM's own state
 included. Until then it stands as `host.pending`, so that a later init can find and free the NV
-index of one that died.
+index of one that died. A host whose TPM was cleared or replaced is set up anew beside what is left
+of it (`replace_tpm`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hmac
 import os
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +22,7 @@ from sealfs.errors import (
     FormatError,
     HostNotInitialised,
     KeyRecordDamaged,
+    KeyRefused,
     KeyServiceError,
     TpmUnavailable,
     UsageError,
@@ -38,6 +41,8 @@ from sealfs.keys.hostrecord import (
     host_payload,
     open_host_payload,
 )
+from sealfs.keys.ledger import Progress
+from sealfs.keys.registry import LEDGER_ID as REGISTRY_ID
 from sealfs.keys.registry import REGISTRY_SIZE_MAX, RegistryFile
 from sealfs.keys.reports import InitReport, init_report
 from sealfs.keys.statedir import (
@@ -45,6 +50,7 @@ from sealfs.keys.statedir import (
     HOST_PENDING_FILE,
     LEDGER_FILE,
     REGISTRY_FILE,
+    REPLACED_SUFFIX,
     HeldLock,
     StateDir,
 )
@@ -66,6 +72,10 @@ WARN_NO_POLICY: Final = (
 )
 WARN_NO_RECOVERY: Final = (
     "no recovery key: when the TPM or the state directory is lost, every VM of this host is lost"
+)
+WARN_REPLACED: Final = (
+    "every key of before opens with its recovery key only: recover each image, which registers it "
+    "here as well (sealfs key recover IMAGE...)"
 )
 WARN_PRINT_ONCE: Final = (
     "the recovery key is shown now and never again; it opens every VM made on this host"
@@ -98,26 +108,130 @@ def initialise(path: Path, *, tpm: str, recovery_to: Path | None, no_recovery: b
     return _found(host, tpm=tpm, recipient=recipient, no_recovery=no_recovery)
 
 
+def replace_tpm(
+    path: Path,
+    *,
+    tpm: str | None,
+    recovery_to: Path | None,
+    recovery_key: str | None,
+    no_recovery: bool,
+) -> InitReport:
+    """Set this host up anew: its TPM was cleared or is another one. Durable on return.
+
+    Host record, registry and ledger of before are kept as `*.replaced`. Nothing authenticates
+    them any more: the registry is not taken over, and of the ledger only that no image may be
+    older than it says, which can refuse too much but never too little. Key records stay; each
+    opens with the recovery key only, until the VM is recovered.
+
+    Args:
+        path: The state directory.
+        tpm: The TPM from now on; None: as before.
+        recovery_to: File with an organisation's public recovery key.
+        recovery_key: The host's recovery key of before, to be kept; None: a new one is made.
+        no_recovery: Do without any recovery key.
+
+    Raises:
+        HostNotInitialised: nothing was set up here.
+        UsageError: this TPM still gives the host's secret; options that contradict each other.
+        RecoveryRefused: mistyped.
+        TpmUnavailable: no such TPM.
+    """
+    if sum((recovery_to is not None, recovery_key is not None, no_recovery)) > 1:
+        raise UsageError(path, "a recovery key to keep, one to wrap to, and none: choose one")
+    recipient = None if recovery_to is None else _read_recipient(recovery_to)
+    kind = RecoveryKind.ORGANISATION
+    if recovery_key is not None:
+        kind, recipient = (
+            RecoveryKind.HOST,
+            recovery.public_of(recovery.parse_private(recovery_key)),
+        )
+    state = StateDir.open_any(path)
+    with state.lock() as held:
+        old = _host_of_before(state)
+        spec = access_of(tpm or (AUTO if old is None else old.tpm), state).spec
+        with access_of(spec, state).open(held, manufacture=True) as opened:
+            _check_is_replaced(state, old, opened)
+        is_repeated = state.read(HOST_PENDING_FILE, HOST_SIZE_MAX) is not None
+        if not is_repeated:
+            for name in (HOST_FILE, REGISTRY_FILE, LEDGER_FILE):
+                content = state.read(name, ledger.LEDGER_SIZE_MAX)
+                if content is not None:
+                    state.write(name + REPLACED_SUFFIX, content, held)
+        # Crash here: nothing happened yet. After the pending record is written the copies are
+        # what is left of the old host, and stay as they are when this is repeated.
+        return _make_anew(
+            state, held, spec, kind, recipient, no_recovery=no_recovery, is_replaced=True
+        )
+
+
+def _host_of_before(state: StateDir) -> HostRecord | None:
+    """Return the host record, None where it is damaged or gone."""
+    try:
+        raw = state.read(HOST_FILE, HOST_SIZE_MAX)
+        return None if raw is None else HostRecord.decode(raw, str(state.path / HOST_FILE))
+    except (FormatError, KeyRecordDamaged):
+        return None
+
+
+def _check_is_replaced(state: StateDir, old: HostRecord | None, tpm: Tpm) -> None:
+    if old is None:
+        return
+    try:
+        tpm.attach(old.storage_key)
+        wipe(tpm.unseal(old.sealed))
+    except (KeyRefused, KeyRecordDamaged):
+        return
+    raise UsageError(
+        state.path, "its TPM is the one of init and still gives its keys: nothing to replace"
+    )
+
+
+def _images_of_before(state: StateDir) -> dict[bytes, Progress]:
+    """Return what the old host's ledger says, unauthenticated; good for refusing only."""
+    raw = state.read(LEDGER_FILE + REPLACED_SUFFIX, ledger.LEDGER_SIZE_MAX)
+    if raw is None:
+        return {}
+    try:
+        found = ledger.LedgerFile.decode(raw, None, str(state.path / LEDGER_FILE))
+    except (FormatError, KeyRecordDamaged):
+        return {}
+    return {uuid: progress for uuid, progress in found.images.items() if uuid != REGISTRY_ID}
+
+
 def _set_up(
     state: StateDir, held: HeldLock, spec: str, recipient: bytes | None, *, no_recovery: bool
 ) -> InitReport:
     if state.read(REGISTRY_FILE, REGISTRY_SIZE_MAX) is not None:
         if state.read(HOST_PENDING_FILE, HOST_SIZE_MAX) is None:
             raise KeyRecordDamaged(
-                state.path,
-                "there is a registry but no host record: it was removed; restore it, or set up "
-                "a new state directory and recover the VMs there",
+                state.path / HOST_FILE,
+                "there is a registry but no host record: it was removed",
             )
     elif state.record_names():
         raise KeyRecordDamaged(
-            state.path, "there are key records but no host record: it was removed; restore it"
+            state.path / HOST_FILE, "there are key records but no host record: it was removed"
         )
-    access = access_of(spec, state)
+    return _make_anew(
+        state, held, spec, RecoveryKind.ORGANISATION, recipient,
+        no_recovery=no_recovery, is_replaced=False,
+    )  # fmt: skip
+
+
+def _make_anew(
+    state: StateDir,
+    held: HeldLock,
+    spec: str,
+    kind: RecoveryKind,
+    recipient: bytes | None,
+    *,
+    no_recovery: bool,
+    is_replaced: bool,
+) -> InitReport:
+    """Make the host; `recipient` None: a recovery key is made, unless there is to be none."""
     recovery_key = None
-    with access.open(held, manufacture=True) as tpm:
+    with access_of(spec, state).open(held, manufacture=True) as tpm:
         _discard_pending(state, held, tpm)
         pin = tpm.provision()
-        kind = RecoveryKind.ORGANISATION
         if no_recovery:
             kind, recipient = RecoveryKind.NONE, b""
         elif recipient is None:
@@ -126,7 +240,8 @@ def _set_up(
                 bytes(mixed_random(tpm, recovery.KEY_SIZE))
             )
             recipient, recovery_key = recovery.public_of(private), recovery.format_private(private)
-        record = _make_host(state, held, tpm, spec, pin, kind, recipient)
+        known = _images_of_before(state) if is_replaced else {}
+        record = _make_host(state, held, tpm, spec, pin, kind, recipient, known)
     # The TPM is closed and its state durable. Crash here: the pending record is discarded and
     # its NV index freed by the next init; nobody was told a recovery key of it.
     state.rename(HOST_PENDING_FILE, HOST_FILE, held)
@@ -135,7 +250,9 @@ def _set_up(
         str(state.path),
         created=True,
         recovery_key=recovery_key,
-        warnings=_warnings(record) + ((WARN_PRINT_ONCE,) if recovery_key else ()),
+        warnings=_warnings(record)
+        + ((WARN_PRINT_ONCE,) if recovery_key else ())
+        + ((WARN_REPLACED,) if is_replaced else ()),
     )
 
 
@@ -147,6 +264,7 @@ def _make_host(
     pin: StorageKeyPin,
     kind: RecoveryKind,
     recipient: bytes,
+    known: Mapping[bytes, Progress],
 ) -> HostRecord:
     host_id = uuid.uuid4().bytes
     secret = mixed_random(tpm, 2 * SECRET_SIZE)
@@ -176,7 +294,7 @@ def _make_host(
             state.write(REGISTRY_FILE, RegistryFile(host_id, ()).with_mac(subkey).encode(), held)
         value = tpm.counter_value(nv_index, nv_auth)
         with derived(mac_key, info=labels.LEDGER_MAC_INFO, salt=host_id) as subkey:
-            state.write(LEDGER_FILE, ledger.empty(host_id, value, subkey), held)
+            state.write(LEDGER_FILE, ledger.new(host_id, value, known, subkey), held)
     finally:
         for buffer in (secret, mac_key, nv_auth, payload):
             wipe(buffer)

@@ -3,7 +3,8 @@
 A path is the canonical path of a sealed file. The registry belongs to the state directory: each
 change takes its lock, reads the file again, writes it as a whole; reading takes no lock, because
 the file is replaced atomically. A registry that was edited, removed or brought from another host
-is refused. An older registry of this same host is not recognised here: that takes the ledger.
+is refused; so is an older one of this same host: each change counts on the registry's generation
+and notes it in the ledger, as the progress of an image is noted.
 
 A path has one entry; two while one image takes the place of another, and after a crash in the
 middle of that, so that whichever of the two stands there opens (see `moving` and `check`).
@@ -15,24 +16,43 @@ import contextlib
 import dataclasses
 import hmac
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
-from sealfs.errors import AlreadyExists, ForeignImage, KeyRecordDamaged, NoSpace, UsageError
+from sealfs.errors import (
+    AlreadyExists,
+    ForeignImage,
+    FormatError,
+    KeyRecordDamaged,
+    NoSpace,
+    RolledBack,
+    UsageError,
+)
 from sealfs.keys import labels, wire
 from sealfs.keys.hostrecord import MAC_SIZE, UUID_SIZE
+from sealfs.keys.ledger import STATE_MAC_SIZE, Progress, SubkeyLender
 from sealfs.keys.statedir import REGISTRY_FILE, HeldLock, StateDir
 
-REGISTRY_VERSION: Final = 1
+REGISTRY_VERSION: Final = 2
+"""Version 1 has no generation; it is read as generation 0."""
 ENTRY_COUNT_MAX: Final = 16_384
 REGISTRY_SIZE_MAX: Final = 16 * 1024 * 1024
 """A thousand bytes for each entry; an ordinary path takes a hundred."""
 PATH_SIZE_MAX: Final = 4096
 """PATH_MAX, limits.h."""
 
-SubkeyLender = Callable[[bytes], contextlib.AbstractContextManager[bytearray]]
+LEDGER_ID: Final = bytes(UUID_SIZE)
+"""Under this uuid, which no image has, the ledger keeps how far the registry has come."""
+
+
+class Ledger(Protocol):
+    """The host's ledger as the registry needs it."""
+
+    def noted(self, image_uuid: bytes) -> Progress | None: ...
+    def note(self, images: Mapping[bytes, Progress]) -> None: ...
+    def accept(self, image_uuid: bytes, progress: Progress | None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +73,23 @@ class RegistryEntry:
 
 @dataclass(frozen=True, slots=True)
 class RegistryFile:
-    """STATE/registry: entries sorted by path and uuid, a MAC over everything before it."""
+    """STATE/registry: entries sorted by path and uuid, a MAC over everything before it.
+
+    `generation` counts the changes.
+    """
 
     host_id: bytes
     entries: tuple[RegistryEntry, ...]
+    generation: int = 0
     mac: bytes = bytes(MAC_SIZE)
+    version: int = REGISTRY_VERSION
 
     def _body(self) -> bytes:
         parts = [
             labels.REGISTRY_MAGIC,
-            wire.number(REGISTRY_VERSION, 2),
+            wire.number(self.version, 2),
             self.host_id,
+            wire.number(self.generation, 8) if self.version > 1 else b"",
             wire.number(len(self.entries), 4),
         ]
         for entry in self.entries:
@@ -87,8 +113,9 @@ class RegistryFile:
         """
         reader = wire.Reader(raw, subject)
         reader.magic(labels.REGISTRY_MAGIC, "registry")
-        reader.version(REGISTRY_VERSION, "the registry")
+        version = reader.version(REGISTRY_VERSION, "the registry", oldest=1)
         host_id = reader.take(UUID_SIZE)
+        generation = reader.number(8) if version > 1 else 0
         count = reader.number(4)
         if count > ENTRY_COUNT_MAX:
             reader.damaged(f"announces {count} entries, at most {ENTRY_COUNT_MAX} are allowed")
@@ -102,7 +129,12 @@ class RegistryFile:
         )
         mac = reader.take(MAC_SIZE)
         reader.finish()
-        return cls(host_id, entries, mac)
+        return cls(host_id, entries, generation, mac, version)
+
+    @property
+    def progress(self) -> Progress:
+        """How far the registry has come, in the ledger's words."""
+        return Progress(self.generation, self.mac[:STATE_MAC_SIZE])
 
     def with_mac(self, mac_key: bytes | bytearray) -> Self:
         """Return the registry authenticated under the host's registry subkey."""
@@ -116,10 +148,13 @@ class RegistryFile:
 class Registry:
     """The registry of one host. Any thread, any number of processes."""
 
-    def __init__(self, state: StateDir, host_id: bytes, subkey: SubkeyLender) -> None:
+    def __init__(
+        self, state: StateDir, host_id: bytes, subkey: SubkeyLender, ledger: Ledger
+    ) -> None:
         self._state = state
         self._host_id = host_id
         self._subkey = subkey
+        self._ledger = ledger
         self._subject = str(state.path / REGISTRY_FILE)
 
     def entries(self) -> list[RegistryEntry]:
@@ -127,9 +162,36 @@ class Registry:
 
         Raises:
             KeyRecordDamaged: edited, removed, or another host's.
+            RolledBack: older than this host has seen it.
         """
+        # The ledger first: the registry found afterwards is at least as new as what it notes.
+        noted = self._ledger.noted(LEDGER_ID)
         with self._subkey(labels.REGISTRY_MAC_INFO) as mac_key:
-            return list(self._read(mac_key))
+            found = self._read(mac_key)
+        self._check(found, noted)
+        return list(found.entries)
+
+    def rebase(self) -> bool:
+        """Take the registry as it is for the newest, whatever was noted; durable.
+
+        In place of one that is gone, damaged or another host's stands an empty one, in which each
+        image is to be registered. If the ledger was lost as well, a registry of before can be put
+        back until that is noticed by its images.
+
+        Returns:
+            Whether what the registry knew was kept.
+        """
+        noted = self._ledger.noted(LEDGER_ID)
+        with self._subkey(labels.REGISTRY_MAC_INFO) as mac_key, self._state.lock() as held:
+            try:
+                found, is_kept = self._read(mac_key), True
+            except (KeyRecordDamaged, FormatError):
+                generation = 1 if noted is None else noted.sequence + 1
+                empty = RegistryFile(self._host_id, (), generation)
+                found, is_kept = empty.with_mac(mac_key), False
+                self._write(found, held)
+        self._ledger.accept(LEDGER_ID, found.progress)
+        return is_kept
 
     def lookup(self, path: Path) -> RegistryEntry | None:
         """Return the entry of a sealed file, None where it is not registered."""
@@ -217,15 +279,29 @@ class Registry:
         self._change(lambda found: {entry for entry in found if entry.path != wanted})
 
     def _change(self, change: Callable[[set[RegistryEntry]], set[RegistryEntry]]) -> None:
-        # The subkey first: unsealing it takes the state lock, which is not reentrant.
+        # The ledger and the subkey first: both take the state lock, which is not reentrant.
+        noted = self._ledger.noted(LEDGER_ID)
         with self._subkey(labels.REGISTRY_MAC_INFO) as mac_key, self._state.lock() as held:
             before = self._read(mac_key)
-            after = _sorted(change(set(before)))
-            if after == before:
+            self._check(before, noted)
+            entries = _sorted(change(set(before.entries)))
+            if entries == before.entries:
                 return
-            self._write(after, mac_key, held)
+            after = RegistryFile(self._host_id, entries, before.generation + 1).with_mac(mac_key)
+            self._write(after, held)
+        # Crash here: the registry is one ahead of the ledger, as an image may be.
+        self._ledger.note({LEDGER_ID: after.progress})
 
-    def _read(self, mac_key: bytearray) -> tuple[RegistryEntry, ...]:
+    def _check(self, found: RegistryFile, noted: Progress | None) -> None:
+        if noted is None or found.generation > noted.sequence or found.progress == noted:
+            return
+        raise RolledBack(
+            self._subject,
+            f"is at change {found.generation}, and this host has seen it at change "
+            f"{noted.sequence}: restored from a backup, or an older one put back by somebody",
+        )
+
+    def _read(self, mac_key: bytearray) -> RegistryFile:
         raw = self._state.read(REGISTRY_FILE, REGISTRY_SIZE_MAX)
         if raw is None:
             raise KeyRecordDamaged(
@@ -236,13 +312,11 @@ class Registry:
             raise KeyRecordDamaged(self._subject, "is the registry of another host")
         if not found.is_authentic(mac_key):
             raise KeyRecordDamaged(self._subject, "does not authenticate: it was edited or damaged")
-        return found.entries
+        return found
 
-    def _write(
-        self, entries: tuple[RegistryEntry, ...], mac_key: bytearray, held: HeldLock
-    ) -> None:
-        raw = RegistryFile(self._host_id, entries).with_mac(mac_key).encode()
-        if len(entries) > ENTRY_COUNT_MAX or len(raw) > REGISTRY_SIZE_MAX:
+    def _write(self, after: RegistryFile, held: HeldLock) -> None:
+        raw = after.encode()
+        if len(after.entries) > ENTRY_COUNT_MAX or len(raw) > REGISTRY_SIZE_MAX:
             raise NoSpace(self._subject, f"holds {ENTRY_COUNT_MAX} images at most")
         self._state.write(REGISTRY_FILE, raw, held)
 

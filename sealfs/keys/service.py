@@ -55,7 +55,6 @@ class KeyService:
         self._host = host
         self._state = host.state
         self._vault = Vault(host)
-        self.registry = Registry(host.state, host.record.host_id, host.subkey)
         self.ledger = Ledger(
             host.state,
             host.record.host_id,
@@ -63,6 +62,7 @@ class KeyService:
             subkey=host.subkey,
             subject=str(host.state.path / LEDGER_FILE),
         )
+        self.registry = Registry(host.state, host.record.host_id, host.subkey, self.ledger)
 
     @staticmethod
     def initialise(
@@ -82,6 +82,24 @@ class KeyService:
         """
         return provision.initialise(
             state, tpm=tpm, recovery_to=recovery_to, no_recovery=no_recovery
+        )
+
+    @staticmethod
+    def replace_tpm(
+        state: Path,
+        *,
+        tpm: str | None,
+        recovery_to: Path | None,
+        recovery_key: str | None,
+        no_recovery: bool,
+    ) -> InitReport:
+        """Set up the host anew with another TPM, or one that was cleared; see `provision`."""
+        return provision.replace_tpm(
+            state,
+            tpm=tpm,
+            recovery_to=recovery_to,
+            recovery_key=recovery_key,
+            no_recovery=no_recovery,
         )
 
     @classmethod

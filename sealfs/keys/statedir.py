@@ -50,6 +50,8 @@ HOST_PENDING_FILE: Final = "host.pending"
 REGISTRY_FILE: Final = "registry"
 LEDGER_FILE: Final = "ledger"
 LOCK_FILE: Final = "lock"
+REPLACED_SUFFIX: Final = ".replaced"
+"""Of what is left of a host whose TPM was replaced."""
 RECORD_SUFFIX: Final = ".slot"
 TEMPORARY_PREFIX: Final = ".new-"
 
@@ -110,6 +112,17 @@ class StateDir:
         except OSError as error:
             raise UsageError(path, f"cannot be made a state directory: {error.strerror}") from error
         return cls(path)
+
+    @classmethod
+    def open_any(cls, path: Path) -> StateDir:
+        """Open a directory in which a host was set up, be its record there or not.
+
+        Raises:
+            HostNotInitialised: nothing was set up there.
+        """
+        if not any((path / name).exists() for name in (HOST_FILE, REGISTRY_FILE, KEYS_DIRECTORY)):
+            raise HostNotInitialised(path, "nothing was set up in this state directory")
+        return cls.create(path)
 
     @classmethod
     def open(cls, path: Path) -> StateDir:

@@ -63,12 +63,14 @@ class Reader:
             raise FormatError(self.subject, f"this is not a {what}")
         self._position = len(expected)
 
-    def version(self, supported: int, what: str) -> None:
+    def version(self, supported: int, what: str, *, oldest: int | None = None) -> int:
+        """Return the format version, one from `oldest` to `supported`."""
         found = self.number(2)
-        if found != supported:
+        if not (supported if oldest is None else oldest) <= found <= supported:
             raise FormatError(
                 self.subject, f"{what} has format version {found}, this sealfs reads {supported}"
             )
+        return found
 
     def take(self, size: int) -> bytes:
         end = self._position + size
