@@ -50,6 +50,13 @@ def initialised_state(path: Path) -> InitReport:
     return report
 
 
+def initialised_recovery_key() -> str:
+    """Return the recovery key of that host."""
+    key = _initialised()[1].recovery_key
+    assert key is not None
+    return key
+
+
 def fresh_state(path: Path, **options: Any) -> InitReport:
     """Make a host of its own."""
     settings: dict[str, Any] = {"tpm": "swtpm", "recovery_to": None, "no_recovery": False}

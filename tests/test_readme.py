@@ -125,11 +125,12 @@ def commands_in_readme() -> dict[str, str]:
     """The first cells of README's table of commands, by command."""
     section = README.split("## Commands")[1].split("## ")[0]
     cells = re.findall(r"^\| (`.*?) \| ", section.replace(r"\|", "/"), re.M)
+    groups = {name.split()[0] for name in all_commands() if " " in name}
     found: dict[str, str] = {}
     for cell in cells:
         for text in re.findall(r"`([^`]+)`", cell):
             words = text.split()
-            name = " ".join(words[:2]) if words[0] == "key" else words[0]
+            name = " ".join(words[:2]) if words[0] in groups else words[0]
             found[name] = text
     return found
 

@@ -155,7 +155,8 @@ def test_cut_off_after_any_durable_step_it_can_be_repeated(host, monkeypatch, tm
                 break
             except Died:
                 pass
-        replace(path, recovery_key=text)
+        if (path / "host.record").read_bytes() == (source / "host.record").read_bytes():
+            replace(path, recovery_key=text)
         assert not (path / "host.pending").exists()
         with KeyService.open(path) as keys:
             assert keys.ledger.find(IMAGE) == SEEN, f"cut after step {steps}"
@@ -165,4 +166,4 @@ def test_cut_off_after_any_durable_step_it_can_be_repeated(host, monkeypatch, tm
                 _, found = tpm._plain("get_capability", TPM2_CAP.HANDLES, NV_FIRST, 64)
                 assert found.data.handles.count == 1, f"an NV index leaked: cut {steps}"
         steps += 1
-    assert steps == 7
+    assert steps >= 8

@@ -172,7 +172,13 @@ def register_command(settings: Settings, image: Path, replace: bool) -> None:
             known = freshness.newcomer(place.sealed, identity.uuid, keys.ledger)
             with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
                 opened = sealed.open_with(storage, identity, vm_key, known)
-            entered = enter(keys, place.sealed, opened, replace=replace)
+            with keys.audit.recorded(
+                "image registered",
+                vm=identity.vm_id,
+                image=identity.uuid.hex(),
+                path=os.path.realpath(place.sealed),
+            ):
+                entered = enter(keys, place.sealed, opened, replace=replace)
         finally:
             storage.close()
     if settings.json:

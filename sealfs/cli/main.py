@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "register": ("images", "Accept an image under its present path."),
     "accept-rollback": ("rollback", "Accept an older image, or an older state directory."),
     "key": ("keys", "Look at keys, try them, recover them."),
+    "audit": ("audit", "Show or verify the log of what was done with the keys."),
     "doctor": ("doctor", "Say what this host can do, and what to mend."),
 }
 """Command -> (module of this package, its line in `--help`)."""

@@ -38,6 +38,7 @@ def accept_rollback_command(settings: Settings, image: Path | None, ledger: bool
     if image is None:
         with settings.keys() as keys:
             kept = {"ledger": keys.ledger.rebase(), "registry": keys.registry.rebase()}
+            keys.audit.record("state rollback accepted")
         for name, is_kept in kept.items():
             log.warning(
                 'the %s in "%s" was %s', name, settings.state,
@@ -57,6 +58,10 @@ def accept_rollback_command(settings: Settings, image: Path | None, ledger: bool
                 opened = sealed.open_with(storage, identity, vm_key, None)
             before, now = keys.ledger.find(opened.uuid), opened.progress
             keys.ledger.accept(opened.uuid, freshness.progress_of(now))
+            keys.audit.record(
+                "rollback accepted", vm=identity.vm_id, image=identity.uuid.hex(),
+                now=str(now.sequence), known="nothing" if before is None else str(before.sequence),
+            )  # fmt: skip
         finally:
             storage.close()
     known = "nothing" if before is None else f"change {before.sequence}"

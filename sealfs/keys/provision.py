@@ -27,7 +27,7 @@ from sealfs.errors import (
     TpmUnavailable,
     UsageError,
 )
-from sealfs.keys import labels, ledger, recovery
+from sealfs.keys import audit, labels, ledger, recovery
 from sealfs.keys.access import AUTO, EMBEDDED, access_of
 from sealfs.keys.host import Host, mixed_random, verify_host_record
 from sealfs.keys.hostrecord import (
@@ -41,8 +41,7 @@ from sealfs.keys.hostrecord import (
     host_payload,
     open_host_payload,
 )
-from sealfs.keys.ledger import Progress
-from sealfs.keys.registry import LEDGER_ID as REGISTRY_ID
+from sealfs.keys.ledger import AUDIT_ID, REGISTRY_ID, Progress
 from sealfs.keys.registry import REGISTRY_SIZE_MAX, RegistryFile
 from sealfs.keys.reports import InitReport, init_report
 from sealfs.keys.statedir import (
@@ -157,6 +156,10 @@ def replace_tpm(
                 content = state.read(name, ledger.LEDGER_SIZE_MAX)
                 if content is not None:
                     state.write(name + REPLACED_SUFFIX, content, held)
+        for file in audit.files():
+            # Nothing authenticates what is in them any more.
+            if (state.path / file).exists():
+                state.rename(file, file + REPLACED_SUFFIX, held)
         # Crash here: nothing happened yet. After the pending record is written the copies are
         # what is left of the old host, and stay as they are when this is repeated.
         return _make_anew(
@@ -195,7 +198,8 @@ def _images_of_before(state: StateDir) -> dict[bytes, Progress]:
         found = ledger.LedgerFile.decode(raw, None, str(state.path / LEDGER_FILE))
     except (FormatError, KeyRecordDamaged):
         return {}
-    return {uuid: progress for uuid, progress in found.images.items() if uuid != REGISTRY_ID}
+    others = (REGISTRY_ID, AUDIT_ID)
+    return {uuid: progress for uuid, progress in found.images.items() if uuid not in others}
 
 
 def _set_up(

@@ -32,7 +32,7 @@ from sealfs.errors import (
 )
 from sealfs.keys import labels, wire
 from sealfs.keys.hostrecord import MAC_SIZE, UUID_SIZE
-from sealfs.keys.ledger import STATE_MAC_SIZE, Progress, SubkeyLender
+from sealfs.keys.ledger import REGISTRY_ID, STATE_MAC_SIZE, Progress, SubkeyLender
 from sealfs.keys.statedir import REGISTRY_FILE, HeldLock, StateDir
 
 REGISTRY_VERSION: Final = 2
@@ -42,9 +42,6 @@ REGISTRY_SIZE_MAX: Final = 16 * 1024 * 1024
 """A thousand bytes for each entry; an ordinary path takes a hundred."""
 PATH_SIZE_MAX: Final = 4096
 """PATH_MAX, limits.h."""
-
-LEDGER_ID: Final = bytes(UUID_SIZE)
-"""Under this uuid, which no image has, the ledger keeps how far the registry has come."""
 
 
 class Ledger(Protocol):
@@ -165,7 +162,7 @@ class Registry:
             RolledBack: older than this host has seen it.
         """
         # The ledger first: the registry found afterwards is at least as new as what it notes.
-        noted = self._ledger.noted(LEDGER_ID)
+        noted = self._ledger.noted(REGISTRY_ID)
         with self._subkey(labels.REGISTRY_MAC_INFO) as mac_key:
             found = self._read(mac_key)
         self._check(found, noted)
@@ -181,7 +178,7 @@ class Registry:
         Returns:
             Whether what the registry knew was kept.
         """
-        noted = self._ledger.noted(LEDGER_ID)
+        noted = self._ledger.noted(REGISTRY_ID)
         with self._subkey(labels.REGISTRY_MAC_INFO) as mac_key, self._state.lock() as held:
             try:
                 found, is_kept = self._read(mac_key), True
@@ -190,7 +187,7 @@ class Registry:
                 empty = RegistryFile(self._host_id, (), generation)
                 found, is_kept = empty.with_mac(mac_key), False
                 self._write(found, held)
-        self._ledger.accept(LEDGER_ID, found.progress)
+        self._ledger.accept(REGISTRY_ID, found.progress)
         return is_kept
 
     def lookup(self, path: Path) -> RegistryEntry | None:
@@ -280,7 +277,7 @@ class Registry:
 
     def _change(self, change: Callable[[set[RegistryEntry]], set[RegistryEntry]]) -> None:
         # The ledger and the subkey first: both take the state lock, which is not reentrant.
-        noted = self._ledger.noted(LEDGER_ID)
+        noted = self._ledger.noted(REGISTRY_ID)
         with self._subkey(labels.REGISTRY_MAC_INFO) as mac_key, self._state.lock() as held:
             before = self._read(mac_key)
             self._check(before, noted)
@@ -290,7 +287,7 @@ class Registry:
             after = RegistryFile(self._host_id, entries, before.generation + 1).with_mac(mac_key)
             self._write(after, held)
         # Crash here: the registry is one ahead of the ledger, as an image may be.
-        self._ledger.note({LEDGER_ID: after.progress})
+        self._ledger.note({REGISTRY_ID: after.progress})
 
     def _check(self, found: RegistryFile, noted: Progress | None) -> None:
         if noted is None or found.generation > noted.sequence or found.progress == noted:

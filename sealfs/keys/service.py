@@ -15,7 +15,7 @@ from __future__ import annotations
 import hmac
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal, Self
@@ -29,6 +29,7 @@ from sealfs.errors import (
     TpmUnavailable,
 )
 from sealfs.keys import policy, provision, records, recovery, reports, wire
+from sealfs.keys.audit import Actor, AuditLog
 from sealfs.keys.host import Host, HostCounter, mixed_random
 from sealfs.keys.ledger import Ledger
 from sealfs.keys.records import KeyRecord, Origin, TpmSlot
@@ -51,7 +52,7 @@ _log = logging.getLogger(__name__)
 class KeyService:
     """The keys of one host; `open` it, or `initialise` the host first."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, actor: Callable[[], Actor] = Actor.here) -> None:
         self._host = host
         self._state = host.state
         self._vault = Vault(host)
@@ -63,6 +64,7 @@ class KeyService:
             subject=str(host.state.path / LEDGER_FILE),
         )
         self.registry = Registry(host.state, host.record.host_id, host.subkey, self.ledger)
+        self.audit = AuditLog(host.state, host.subkey, self.ledger, actor)
 
     @staticmethod
     def initialise(
@@ -80,9 +82,13 @@ class KeyService:
             UsageError: options contradict each other or what was set up before.
             TpmUnavailable: no such TPM.
         """
-        return provision.initialise(
+        report = provision.initialise(
             state, tpm=tpm, recovery_to=recovery_to, no_recovery=no_recovery
         )
+        if report.created:
+            with KeyService.open(state) as keys:
+                keys.audit.record("host set up", tpm=report.tpm)
+        return report
 
     @staticmethod
     def replace_tpm(
@@ -94,27 +100,33 @@ class KeyService:
         no_recovery: bool,
     ) -> InitReport:
         """Set up the host anew with another TPM, or one that was cleared; see `provision`."""
-        return provision.replace_tpm(
+        report = provision.replace_tpm(
             state,
             tpm=tpm,
             recovery_to=recovery_to,
             recovery_key=recovery_key,
             no_recovery=no_recovery,
         )
+        with KeyService.open(state) as keys:
+            keys.audit.record("TPM replaced", tpm=report.tpm)
+        return report
 
     @classmethod
-    def open(cls, state: Path, *, tpm: str | None = None) -> KeyService:
+    def open(
+        cls, state: Path, *, tpm: str | None = None, actor: Callable[[], Actor] = Actor.here
+    ) -> KeyService:
         """Open the key service of an initialised host; the TPM is not asked yet.
 
         Args:
             state: The state directory.
             tpm: Another way to the same TPM than the one recorded.
+            actor: Says who asks, for the audit log.
 
         Raises:
             HostNotInitialised: `initialise` comes first.
             KeyRecordDamaged, FormatError: the host record cannot be read.
         """
-        return cls(Host.open(state, tpm=tpm))
+        return cls(Host.open(state, tpm=tpm), actor)
 
     def close(self) -> None:
         """Wipe the host secret kept in memory."""
@@ -164,17 +176,26 @@ class KeyService:
             UsageError: a VM id or PCR list that cannot be used.
             KeyRefused, TpmUnavailable, KeyRecordDamaged: from the TPM and the host record.
         """
-        return self._make(vm_id, kmi, pcrs, is_existing_fine=False)
+        with self.audit.recorded("key made", vm=vm_id) as facts:
+            key, _ = self._make(vm_id, kmi, pcrs, is_existing_fine=False)
+            facts["kmi"] = key.kmi
+        return key
 
     def ensure(self, vm_id: str, *, kmi: KmiKind = "vm-id", pcrs: tuple[int, ...] = ()) -> VmKey:
         """Return the VM's key, made now if it has none: a VM may have several disks.
 
         `kmi` and `pcrs` concern a key that is made now. Raises as `create` and `unseal`.
         """
-        return self._make(vm_id, kmi, pcrs, is_existing_fine=True)
+        try:
+            key, is_new = self._make(vm_id, kmi, pcrs, is_existing_fine=True)
+        except KeyServiceError as error:
+            self.audit.failed("key made or used", error, vm=vm_id)
+            raise
+        self.audit.record("key made" if is_new else "key used", vm=vm_id, kmi=key.kmi)
+        return key
 
-    def unseal(self, kmi: str, vm_id: str) -> VmKey:
-        """Return the key of a KMI, for its own VM.
+    def unseal(self, kmi: str, vm_id: str, *, image_uuid: bytes = b"") -> VmKey:
+        """Return the key of a KMI, for its own VM; `image_uuid` says what for, in the audit log.
 
         Raises:
             KeyNotFound: no record of this KMI.
@@ -182,11 +203,12 @@ class KeyService:
             KeyRecordDamaged: the record was altered, swapped or renamed.
             TpmUnavailable: no TPM answers.
         """
-        record = self._vault.read_known(kmi)
-        if record.vm_id != vm_id:
-            raise KeyRefused(kmi, f"is the key of VM {record.vm_id!r}, not of {vm_id!r}")
-        with self._host.tpm() as tpm:
-            return self._vault.open_record(record, tpm)
+        with self.audit.recorded("key used", vm=vm_id, kmi=kmi, image=image_uuid.hex()):
+            record = self._vault.read_known(kmi)
+            if record.vm_id != vm_id:
+                raise KeyRefused(kmi, f"is the key of VM {record.vm_id!r}, not of {vm_id!r}")
+            with self._host.tpm() as tpm:
+                return self._vault.open_record(record, tpm)
 
     def image_key(self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes) -> bytearray:
         """Return the key of one image, which the caller wipes; all that a console needs (C4).
@@ -200,7 +222,7 @@ class KeyService:
         Raises:
             As `unseal`; KeyRefused also where the image's key is not wrapped under this VM's.
         """
-        with self.unseal(kmi, vm_id) as vm_key:
+        with self.unseal(kmi, vm_id, image_uuid=image_uuid) as vm_key:
             return vm_key.unwrap_image_key(image_uuid, wrapped)
 
     def new_image_key(self, vm_id: str, image_uuid: bytes) -> NewImageKey:
@@ -240,6 +262,12 @@ class KeyService:
         """
         wire.check_identifier(vm_id, "VM id")
         wire.check_identifier(kmi, "KMI")
+        with self.audit.recorded("key recovered", vm=vm_id, kmi=kmi):
+            return self._recover(vm_id, kmi, recovery_slots, recovery_key)
+
+    def _recover(
+        self, vm_id: str, kmi: str, recovery_slots: Sequence[bytes], recovery_key: str
+    ) -> VmKey:
         private = recovery.parse_private(recovery_key)
         raw_key = recovery.unwrap(list(recovery_slots), private, vm_id=vm_id, kmi=kmi)
         recovered = VmKey(
@@ -292,6 +320,12 @@ class KeyService:
             KeyNotFound, KeyRecordDamaged, FormatError: there is nothing to try.
             KeyRefused, TpmUnavailable: this TPM is not the one of init, or does not answer.
         """
+        with self.audit.recorded("key tested", kmi=kmi) as facts:
+            found = self._test(kmi)
+            facts["slots"] = ", ".join(slot.detail for slot in found if slot.opens is not None)
+        return found
+
+    def _test(self, kmi: str) -> list[SlotReport]:
         record = self._vault.read_known(kmi)
         found = []
         with self._host.tpm() as tpm:
@@ -320,7 +354,8 @@ class KeyService:
 
     def _make(
         self, vm_id: str, kind: KmiKind, pcrs: tuple[int, ...], *, is_existing_fine: bool
-    ) -> VmKey:
+    ) -> tuple[VmKey, bool]:
+        """Return the key, and whether it was made."""
         wire.check_identifier(vm_id, "VM id")
         pcrs = policy.check_pcrs(pcrs)
         with self._state.lock() as held:
@@ -329,7 +364,7 @@ class KeyService:
                 raise AlreadyExists(vm_id, "this VM has a key on this host already")
             with self._host.tpm_under(held) as tpm:
                 if record is not None:
-                    return self._vault.open_record(record, tpm)
+                    return self._vault.open_record(record, tpm), False
                 kmi = vm_id if kind == "vm-id" else mixed_random(tpm, OPAQUE_KMI_SIZE).hex()
                 key = VmKey(
                     mixed_random(tpm, records.VM_KEY_SIZE),
@@ -343,7 +378,7 @@ class KeyService:
                 except BaseException:
                     key.wipe()
                     raise
-                return key
+                return key, True
 
     def _existing(self, old: KeyRecord, recovered: VmKey, tpm: Tpm) -> VmKey | None:
         """Return the key that this host's record gives, None where it gives none."""
