@@ -43,7 +43,11 @@ Registered = Mapping[str, "RegistryEntry"]
 
 @dataclass(slots=True)
 class Facts:
-    """One sealed file. `registration` is yes, no, other (another image is registered) or ?."""
+    """One sealed file.
+
+    `registration` is yes, no, other (another image is registered) or ?; `failure` is what went
+    wrong last with it under its mount, as the mount tells.
+    """
 
     path: str
     state: str
@@ -57,6 +61,7 @@ class Facts:
     allocated: int | None = None
     full_size: int | None = None
     shown_as: str | None = None
+    failure: str | None = None
     recovery_keys: list[str] = field(default_factory=list)
     unverified: list[str] = field(default_factory=lambda: list(OWN_WORDS))
     unverified_because: str | None = None
@@ -79,6 +84,8 @@ class Facts:
             words.append("not registered")
         elif self.registration == "other":
             words.append("another image is registered here")
+        if self.failure is not None:
+            words.append(self.failure)
         return ", ".join(words)
 
 
@@ -113,6 +120,8 @@ def look(place: Place, registry: Registered | None) -> Facts:
         # What else is cut off only its tree tells: `info` and `check` look there.
         facts.state, facts.problem = "damaged", f"is cut off: {length} bytes of {wanted} or more"
     facts.shown_as = str(place.shown) if place.shown is not None else None
+    if place.mount is not None:
+        facts.failure = place.mount.status.get("failures", {}).get(os.path.realpath(place.sealed))
     if registry is not None:
         entry = registry.get(os.path.realpath(place.sealed))
         facts.registration = (

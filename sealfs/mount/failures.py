@@ -25,6 +25,7 @@ class Failures:
 
     def __init__(self) -> None:
         self._seen: set[tuple[str, str, str]] = set()
+        self._latest: dict[str, str] = {}
 
     def errno_of(self, exc: BaseException, *, image: str = "", vm_id: str = "") -> int:
         """Return the errno for `exc`; log it unless it is an ordinary refusal or known.
@@ -44,13 +45,20 @@ class Failures:
     def forget(self, image: str) -> None:
         """Name the failures of `image` again: it was opened anew."""
         self._seen = {entry for entry in self._seen if entry[0] != image}
+        self._latest.pop(image, None)
+
+    def latest(self) -> dict[str, str]:
+        """Return what went wrong last with each image since it was opened, by its path."""
+        return dict(self._latest)
 
     def _log_once(self, exc: SealfsError, image: str, vm_id: str) -> None:
         entry = (image, type(exc).__name__, exc.detail)
+        self._latest[image] = f"{type(exc).__name__}: {exc.detail}"
         if entry in self._seen:
             return
         if len(self._seen) >= _REMEMBERED_MAX:
             self._seen.clear()
+            self._latest.clear()
         self._seen.add(entry)
         block = f" block={exc.block}" if isinstance(exc, BlockDamaged) else ""
         log.error(

@@ -49,7 +49,12 @@ class ImageVerbs:
             for disk in self._disks.all()
             if disk.image is not None
         ]
-        return {"source": str(self._source), "mountpoint": str(self._mountpoint), "images": images}
+        return {
+            "source": str(self._source),
+            "mountpoint": str(self._mountpoint),
+            "images": images,
+            "failures": self._disks.failures.latest(),
+        }
 
     async def flush(self, request: Document) -> Document:
         """Flush and checkpoint one image, or all."""
