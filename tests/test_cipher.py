@@ -187,8 +187,8 @@ def test_runs_open_to_what_was_sealed() -> None:
     made = cipher()
     blocks = range(20, 27)
     out, entries = sealed_by(made, *blocks)
-    plain = bytearray(7 * PAGE)
-    made.open_blocks(20, memoryview(bytearray(out)), entries, memoryview(plain))
+    plain = bytearray(out[: 7 * PAGE])
+    made.open_blocks(20, memoryview(plain), entries)
     assert plain == b"".join(bytes([block]) * PAGE for block in blocks)
     for i, block in enumerate(blocks):
         found = open_one(made, block, out[i * PAGE :], entries[32 * i : 32 * i + 32])
@@ -215,9 +215,8 @@ def test_an_altered_block_or_entry_does_not_open(name: str) -> None:
         open_one(made, 7, bytes(sealed), bytes(entry))
     assert caught.value.block == 7
     with pytest.raises(BlockDamaged, match="block 7"):
-        made.open_blocks(
-            7, memoryview(sealed + bytearray(16)), bytes(entry), memoryview(bytearray(PAGE))
-        )
+        made.open_blocks(7, memoryview(sealed), bytes(entry))
+    assert not any(sealed)
 
 
 def test_a_block_does_not_open_elsewhere_or_in_another_image() -> None:
@@ -239,7 +238,7 @@ def test_the_damaged_block_of_a_run_is_named() -> None:
     out, entries = sealed_by(made, 7, 8, 9)
     out[PAGE + 5] ^= 1
     with pytest.raises(BlockDamaged) as caught:
-        made.open_blocks(7, memoryview(out), entries, memoryview(bytearray(3 * PAGE)))
+        made.open_blocks(7, memoryview(out)[: 3 * PAGE], entries)
     assert caught.value.block == 8
 
 
@@ -253,7 +252,7 @@ def test_an_entry_of_an_unknown_epoch_or_key_generation_is_refused() -> None:
 
 def test_counters_are_burnt_even_when_sealing_fails() -> None:
     made = cipher()
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="sizes do not fit"):
         made.seal_blocks([1, 2, 3], [bytes(PAGE)], memoryview(bytearray(3 * PAGE + 16)))
     _, entries = sealed_by(made, 4)
     assert struct.unpack("<IQ", entries[:12]) == (5, 3)

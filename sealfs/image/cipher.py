@@ -18,12 +18,16 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+try:
+    from sealfs.image import _blockseal as runs
+except ImportError:  # it could not be built here; the same in Python
+    from sealfs.image import blockseal as runs  # type: ignore[no-redef]
+
 from sealfs.errors import BlockDamaged, IntegrityError, NoSpace
 from sealfs.image.format import (
     HOLE,
     LABELS,
     MAGICS,
-    PRESENT,
     TREE_MAC_SIZE,
     EpochRow,
 )
@@ -37,8 +41,6 @@ EPOCH_BLOCKS_MAX = 1 << 31
 _ACCEPTED_MAX = 1 << 20
 """Blocks that wait to be committed at most: 4 GiB, far more than any dirty cache."""
 
-_FLAGS = struct.pack("<I", PRESENT)
-_NONCE = struct.Struct("<IQ")
 _INDEX = struct.Struct("<Q")
 
 SealHook: TypeAlias = Callable[[bytes, int, int, int], None]
@@ -118,7 +120,8 @@ class BlockCipher:
         self._uuid = uuid
         self._path = path
         self._rows = {row.epoch: row for row in rows}
-        self._keys: dict[int, AESGCM] = {}
+        self._keys: dict[int, bytearray] = {}
+        """The key of each epoch that was met."""
         self._openers: dict[bytes, Callable[[bytes, Buffer, bytes], bytes]] = {}
         """The decrypt of an epoch's key, by the epoch as it stands in a nonce."""
         self._prefix = MAGICS["block"] + uuid
@@ -144,7 +147,7 @@ class BlockCipher:
 
     def forget(self) -> None:
         """Wipe the image keys and let go of what was derived from them."""
-        for key in self._image_keys.values():
+        for key in (*self._image_keys.values(), *self._keys.values()):
             key[:] = bytes(len(key))
         self._image_keys.clear()
         self._keys.clear()
@@ -165,7 +168,7 @@ class BlockCipher:
         Args:
             blocks: indexes on the VM's disk.
             frames: BLOCK_SIZE bytes each.
-            out: len(blocks) * BLOCK_SIZE + TAG_SIZE bytes; the last 16 are scratch.
+            out: len(blocks) * BLOCK_SIZE + TAG_SIZE bytes; the last 16 may be used as scratch.
 
         Returns:
             The entries, ENTRY_SIZE bytes each, joined (FORMAT.md 6.1).
@@ -176,23 +179,12 @@ class BlockCipher:
         counter = self._counter
         # Burnt before use: whatever happens below, these counters never come again.
         self._counter += len(blocks)
-        seal = self._key(epoch).encrypt_into
-        prefix, pack_nonce, pack_index = self._prefix, _NONCE.pack, _INDEX.pack
-        entries = []
-        at = 0
-        for block, frame in zip(blocks, frames, strict=True):
-            nonce = pack_nonce(epoch, counter)
-            end = at + BLOCK_SIZE
-            # The tag lands in front of where the next ciphertext goes, which then covers it.
-            seal(nonce, frame, prefix + pack_index(block), out[at : end + TAG_SIZE])
-            entries.append(nonce + out[end : end + TAG_SIZE] + _FLAGS)
-            counter += 1
-            at = end
+        entries = runs.seal_run(self._key(epoch), self._prefix, epoch, counter, blocks, frames, out)
         if self._on_seal:
             salt = self._rows[epoch].salt
             for i, block in enumerate(blocks):
-                self._on_seal(salt, epoch, counter - len(blocks) + i, block)
-        return b"".join(entries)
+                self._on_seal(salt, epoch, counter + i, block)
+        return entries
 
     def open_block(self, block: int, sealed: bytearray, nonce: bytes, tag: bytes) -> bytes:
         """Return the plaintext of one block.
@@ -209,56 +201,45 @@ class BlockCipher:
         sealed[BLOCK_SIZE:] = tag
         opener = self._openers.get(nonce[:4])
         if opener is None:
-            opener = self._openers[nonce[:4]] = self._key_of_block(block, nonce).decrypt
+            epoch = int.from_bytes(nonce[:4], "little")
+            opener = self._openers[nonce[:4]] = AESGCM(self._key_of_block(block, epoch)).decrypt
         try:
             return opener(nonce, sealed, self._prefix + _INDEX.pack(block))
         except InvalidTag:
             raise self._damaged(block) from None
 
-    def open_blocks(self, first: int, sealed: memoryview, entries: Buffer, out: memoryview) -> None:
-        """Open a run of present blocks into `out`.
+    def open_blocks(self, first: int, run: memoryview, entries: Buffer) -> None:
+        """Open a run of present blocks, in place.
 
         Args:
             first: index of the first block on the VM's disk.
-            sealed: count * BLOCK_SIZE bytes of ciphertext and TAG_SIZE of scratch; overwritten.
+            run: count * BLOCK_SIZE bytes of ciphertext, which become plaintext.
             entries: count * ENTRY_SIZE bytes.
-            out: count * BLOCK_SIZE bytes.
 
         Raises:
-            BlockDamaged: naming a block that does not authenticate; `out` is then of no use.
+            BlockDamaged: naming a block that does not authenticate; `run` is then zeros.
         """
-        count = len(entries) // ENTRY_SIZE
-        epoch, opener = -1, None
-        prefix, pack_index = self._prefix, _INDEX.pack
-        # From the last to the first: each tag is put behind its ciphertext, over the beginning
-        # of the next block, which has been opened already. So nothing is copied.
-        at, entry_at = count * BLOCK_SIZE, count * ENTRY_SIZE
-        for block in range(first + count - 1, first - 1, -1):
-            at -= BLOCK_SIZE
-            entry_at -= ENTRY_SIZE
-            nonce = bytes(entries[entry_at : entry_at + 12])
-            end = at + BLOCK_SIZE
-            sealed[end : end + TAG_SIZE] = entries[entry_at + 12 : entry_at + 28]
-            block_epoch = int.from_bytes(nonce[:4], "little")
-            if block_epoch != epoch or opener is None:
-                epoch, opener = block_epoch, self._key_of_block(block, nonce).decrypt_into
+        while True:
             try:
-                opener(nonce, sealed[at : end + TAG_SIZE], prefix + pack_index(block), out[at:end])
-            except InvalidTag:
-                raise self._damaged(block) from None
+                failed = runs.open_run(self._keys, self._prefix, first, entries, run)
+                break
+            except KeyError as missing:
+                (epoch,) = missing.args
+                self._key_of_block(first, epoch)
+        if failed >= 0:
+            raise self._damaged(first + failed)
 
     def _damaged(self, block: int) -> BlockDamaged:
         return BlockDamaged(
             self._path, block, "does not authenticate (damaged, or altered outside sealfs)"
         )
 
-    def _key_of_block(self, block: int, nonce: bytes) -> AESGCM:
-        epoch = int.from_bytes(nonce[:4], "little")
+    def _key_of_block(self, block: int, epoch: int) -> bytearray:
         if epoch not in self._rows:
             raise BlockDamaged(self._path, block, f"names the unknown epoch {epoch}")
         return self._key(epoch)
 
-    def _key(self, epoch: int) -> AESGCM:
+    def _key(self, epoch: int) -> bytearray:
         key = self._keys.get(epoch)
         if key is None:
             row = self._rows[epoch]
@@ -273,7 +254,7 @@ class BlockCipher:
                 + self._uuid
                 + row.epoch.to_bytes(4, "little")
             )
-            key = self._keys[epoch] = AESGCM(_derive(image_key, row.salt, info))
+            key = self._keys[epoch] = bytearray(_derive(image_key, row.salt, info))
         return key
 
 

@@ -226,18 +226,15 @@ class Reader:
         else:
             runs = runs_of([i for i in range(count) if flags[i]])
         for start, length in runs:
-            sealed = memoryview(bytearray(length * BLOCK_SIZE + TAG_SIZE))
+            at = position + start * BLOCK_SIZE
+            run = view[at : at + length * BLOCK_SIZE]
             offset = self._geometry.block_offset(slot, index + start)
             if inline:
                 offset = inline.get(first + start, offset)
-            if not read(offset, sealed[: length * BLOCK_SIZE]):
+            if not read(offset, run):
                 return False
-            at = position + start * BLOCK_SIZE
             self._cipher.open_blocks(
-                first + start,
-                sealed,
-                entries[start * ENTRY_SIZE : (start + length) * ENTRY_SIZE],
-                view[at : at + length * BLOCK_SIZE],
+                first + start, run, entries[start * ENTRY_SIZE : (start + length) * ENTRY_SIZE]
             )
         return True
 

@@ -1,0 +1,16 @@
+from collections.abc import Sequence
+
+from sealfs.image.plan import Buffer
+
+def seal_run(
+    key: Buffer,
+    prefix: bytes,
+    epoch: int,
+    counter: int,
+    blocks: Sequence[int],
+    frames: Sequence[Buffer],
+    out: memoryview,
+) -> bytes: ...
+def open_run(
+    keys: dict[int, bytearray], prefix: bytes, first: int, entries: Buffer, run: memoryview
+) -> int: ...
