@@ -249,6 +249,33 @@ umount -f "$1"
 HANG_AFTER = 60  # seconds for one operation
 
 
+class Watch:
+    """Ends a mount under which nothing moves any more."""
+
+    def __init__(self, mountpoint: Path) -> None:
+        self._process = subprocess.Popen(
+            ["bash", "-c", _WATCH, "watch", str(mountpoint), str(HANG_AFTER)],
+            stdin=subprocess.PIPE,
+        )
+        self._beat_at = time.monotonic()
+
+    def beat(self) -> None:
+        """Tell that nothing hangs."""
+        if time.monotonic() - self._beat_at > 1:
+            self._beat_at = time.monotonic()
+            self._tell(b"\n")
+
+    def end(self) -> None:
+        self._tell(b"end\n")
+        self._process.communicate()
+
+    def _tell(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+
+
 class LiveMount:
     """A mount of its own below an empty directory."""
 
@@ -256,6 +283,7 @@ class LiveMount:
         self.base = base
         self.source = base / "source"
         self.state = base / "state"
+        self.mountpoint = base / "mnt"
         self.lane = lane
         self.options = options
         self.source.mkdir()
@@ -266,38 +294,25 @@ class LiveMount:
 
         options = ",".join(filter(None, (f"lane={'on' if self.lane else 'off'}", self.options)))
         self._running: Mounted = self._stack.enter_context(
-            mounted(self.source, self.base / "mnt", options=options)
+            mounted(self.source, self.mountpoint, options=options)
         )
         found = find_mount(self._running.mountpoint, self._running.run_dir)
         assert found is not None
         self.call = found.call
-        watch = subprocess.Popen(
-            ["bash", "-c", _WATCH, "watch", str(self._running.mountpoint), str(HANG_AFTER)],
-            stdin=subprocess.PIPE,
-        )
-        self._stack.callback(self._end_watch, watch)
-        self._watch, self._beat_at = watch, time.monotonic()
+        self._watch = Watch(self._running.mountpoint)
+        self._stack.callback(self._watch.end)
 
     def beat(self) -> None:
         """Tell that nothing hangs."""
-        if time.monotonic() - self._beat_at > 1:
-            self._beat_at = time.monotonic()
-            self._tell(self._watch, b"\n")
-
-    def _end_watch(self, watch: subprocess.Popen[bytes]) -> None:
-        self._tell(watch, b"end\n")
-        watch.communicate()
-
-    @staticmethod
-    def _tell(watch: subprocess.Popen[bytes], line: bytes) -> None:
-        assert watch.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            watch.stdin.write(line)
-            watch.stdin.flush()
+        self._watch.beat()
 
     def kill(self) -> None:
         self._running.kill()
         self._stack.close()
+
+    def log_text(self) -> str:
+        """Return what this daemon has logged."""
+        return self._running.log_text()
 
     def finish(self) -> None:
         """Unmount as the command does, which tells whether the images were closed cleanly."""

@@ -63,9 +63,9 @@ class Host:
         assert found is not None
         return int(found.status["pid"])
 
-    def kill_daemon(self) -> None:
+    def kill_daemon(self, pid: int | None = None) -> None:
         """kill -9 the daemon, and clear the dead mount point away."""
-        pid = self.daemon_pid()
+        pid = pid or self.daemon_pid()
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 20
         while Path(f"/proc/{pid}").exists():

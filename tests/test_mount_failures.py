@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from exerciser_files import LiveMount
+from kills import besiege, seal_all
 from mount_support import ROOT, mounted, open_offline, seal_new, wait_for
 
 from sealfs.errors import Busy, NotFound, StorageFailed, UsageError
@@ -194,52 +196,56 @@ def test_a_bug_in_one_request_does_not_end_the_mount(source: Path, lane: str) ->
         assert errno_of_open(mount.mountpoint / "good.raw") == 0
 
 
+def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
+    """Writers are cut short; each block is its last acknowledged version or a later one."""
+    mount = LiveMount(tmp_path, lane=True, options="")
+    seal_all(mount.state, mount.source, 1)
+    figures = besiege(mount, random.Random(4), 6, images=1)
+    assert figures["kills"] == 6
+    assert min(figures[name] for name in ("writes", "syncs", "synchronous writes")) > 20
+
+
+@pytest.mark.xfail(strict=True, reason="the fence stands before a superblock, not before a record")
 @pytest.mark.parametrize("lane", ["on", "off"])
-def test_what_was_acknowledged_survives_kill_9(source: Path, lane: str) -> None:
-    """Writers with fsync are cut short five times; each block is its last synced or a later one."""
-    blocks = 256
-    written = [[0] for _ in range(blocks)]  # every number given to a block, in order
-    synced = [0] * blocks
-    rng = random.Random(4)
-    number = 0
-
-    def write_until_cut(fd: int) -> None:
-        nonlocal number
-        while True:
-            since: dict[int, int] = {}
-            for _ in range(rng.randrange(1, 40)):
-                number += 1
-                block = rng.randrange(blocks)
-                written[block].append(number)
-                data = number.to_bytes(8, "little") * (BLOCK_SIZE // 8)
-                os.pwrite(fd, data, block * BLOCK_SIZE)
-                since[block] = number
-            os.fsync(fd)
-            for block, last in since.items():
-                synced[block] = last
-
-    for _ in range(4):
-        with mounted(source, source.parent / "mnt", options=f"lane={lane}") as mount:
-            fd = os.open(mount.mountpoint / "good.raw", os.O_RDWR)
-            for block in range(blocks):
-                found = int.from_bytes(os.pread(fd, 8, block * BLOCK_SIZE), "little")
-                assert found in written[block], f"block {block}"
-                assert found >= synced[block], f"block {block} lost an acknowledged write"
-                raw = os.pread(fd, BLOCK_SIZE, block * BLOCK_SIZE)
-                assert raw == found.to_bytes(8, "little") * (BLOCK_SIZE // 8)
-                written[block] = [found]
-            killer = threading.Timer(0.3 + rng.random() / 2, mount.process.kill)
-            killer.start()
-            with pytest.raises(OSError, match=r"not connected|abort"):
-                write_until_cut(fd)
-            killer.join()
+@pytest.mark.parametrize("ending", ["close", "abandon"])
+def test_a_daemon_that_slept_while_another_wrote_stops_at_the_fence(
+    source: Path, monkeypatch: pytest.MonkeyPatch, ending: str, lane: str
+) -> None:
+    """Its lock is gone when it wakes, as on a network file system after an outage."""
+    unlocked = classmethod(lambda cls, fd, path, kind: cls(fd, path))
+    monkeypatch.setattr(FileStorage, "_locked", unlocked)  # this process's alone
+    sealed = source / "good.raw.sealed"
+    with mounted(source, source.parent / "mnt", options=f"lane={lane},commit=60") as mount:
+        fd = os.open(mount.mountpoint / "good.raw", os.O_RDWR)
+        os.pwrite(fd, b"first", 0)
+        os.fsync(fd)
+        os.pwrite(fd, b"first", BLOCK_SIZE)
+        mount.process.send_signal(signal.SIGSTOP)
+        try:
+            second = open_offline(mount.state, sealed)
+            second.write(0, b"second")
+            second.write(5 * BLOCK_SIZE, b"second")
+            second.flush()
+            getattr(second, ending)()
+            before = sealed.read_bytes()
+        finally:
+            mount.process.send_signal(signal.SIGCONT)
+        try:
+            with pytest.raises(OSError, match="Input/output error"):
+                os.fsync(fd)
+            with pytest.raises(OSError, match="Input/output error"):
+                os.pwrite(fd, b"again", 2 * BLOCK_SIZE)
+        finally:
             with contextlib.suppress(OSError):
                 os.close(fd)
-            mount.process.wait()
-            with pytest.raises(Busy, match="umount -l"):
-                kernel.check_mountpoint(mount.mountpoint)
-            subprocess.run(["umount", "-l", mount.mountpoint], check=True)
-    assert number > 100
+        said = "StorageFailed: somebody else has opened and written this image"
+        assert mount.log_text().count(said) == 1
+        mount.unmount()
+    assert sealed.read_bytes() == before, "nothing is written over what the second wrote"
+    image = open_offline(source.parent / "state", sealed)
+    assert [bytes(image.read(block * BLOCK_SIZE, 6)) for block in (0, 5)] == [b"second"] * 2
+    assert image.check(data=True) == []
+    image.close()
 
 
 def test_unmount_returns_when_the_images_are_clean(source: Path) -> None:

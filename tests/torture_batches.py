@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import hashlib
 import json
 import multiprocessing
 import os
 import random
-import subprocess
 import sys
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,8 @@ from typing import Any
 import test_crash
 import test_tamper
 from crash_support import LETTERS, PREFIXES, SMALL_COMMIT_BLOCKS, Lab, Recipe, set_limit
+from torture_record import Record, state_path
 
-ROOT = Path(__file__).resolve().parent.parent
 STATES_IN_BATCH = 1000
 TAMPERS_IN_BATCH = 1000
 LETTERS_MAX = 6
@@ -131,69 +129,33 @@ JOBS: dict[str, tuple[Callable[[int], Batch], str]] = {
 }
 
 
-class Progress:
-    """What a job has reached, on disk after each batch."""
+class Progress(Record):
+    """What a job has reached, on disk after each batch; each thing tried counts once."""
+
+    batches = "digests"
 
     def __init__(self, path: Path, job: str) -> None:
-        self._path = path
+        super().__init__(path, job, distinct=0)
         self._keys_path = path.with_suffix(".keys")
-        self.job = job
-        self.document: dict[str, Any] = {
-            "job": job, "commit": commit(), "figures": {}, "distinct": 0, "seconds": 0.0,
-            "digests": {},
-        }  # fmt: skip
         self.keys: set[int] = set()
         if path.exists():
-            kept = json.loads(path.read_text())
-            if kept["job"] != job:
-                sys.exit(f"{path} is of another job: {kept['job']}")
-            self.document = kept
             found = array("Q")
             found.frombytes(self._keys_path.read_bytes())
             self.keys = set(found)
 
     def add(self, batch: Batch) -> None:
         """Take a finished batch into account."""
-        figures = Counter(self.document["figures"])
-        figures.update(batch.figures)
         self.keys.update(batch.keys)
-        self.document["figures"] = dict(sorted(figures.items()))
         self.document["distinct"] = len(self.keys)
-        self.document["seconds"] = round(self.document["seconds"] + batch.seconds, 1)
-        self.document["digests"][str(batch.number)] = batch.digest
-        self.document["until"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.note(batch.number, batch.digest, batch.figures, batch.seconds)
 
     def save(self) -> None:
         """Write it down; a run that is ended goes on from here."""
-        for path, content in (
-            (self._keys_path, array("Q", sorted(self.keys)).tobytes()),
-            (self._path, json.dumps(self.document, indent=1).encode()),
-        ):
-            temporary = path.with_suffix(".new")
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-
-    def wanted(self) -> Iterator[int]:
-        """Yield the numbers of batches that were not run yet, without an end."""
-        number = 0
-        while True:
-            if str(number) not in self.document["digests"]:
-                yield number
-            number += 1
+        self._put(self._keys_path, array("Q", sorted(self.keys)).tobytes())
+        super().save()
 
     def line(self) -> str:
-        """Return where it is."""
-        figures = ", ".join(f"{count} {name}" for name, count in self.document["figures"].items())
-        return f"{self.job}: {self.document['distinct']} distinct; {figures}"
-
-
-def commit() -> str:
-    """Return what is tested."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.stdout.strip()
+        return f"{super().line()}; {self.document['distinct']} distinct"
 
 
 def main() -> int:
@@ -207,16 +169,12 @@ def main() -> int:
     parser.add_argument("--replay", type=int, metavar="BATCH")
     chosen = parser.parse_args()
     run, _ = JOBS[chosen.job]
-    path = chosen.state or ROOT / ".scratch" / f"torture-{chosen.job}.json"
-    path.parent.mkdir(exist_ok=True)
-    progress = Progress(path, chosen.job)
+    progress = Progress(state_path(chosen.state, chosen.job), chosen.job)
     if chosen.replay is not None:
         batch = run(chosen.replay)
         known = progress.document["digests"].get(str(chosen.replay))
         print(f"batch {chosen.replay}: {batch.digest}, {dict(batch.figures)}; was {known}")
         return 0 if known in (None, batch.digest) else 1
-    if progress.document["commit"] != commit():
-        print(f"note: began on {progress.document['commit']}, this is {commit()}", file=sys.stderr)
     reported = time.monotonic()
     with multiprocessing.get_context("fork").Pool(chosen.processes) as pool:
         numbers = progress.wanted()
@@ -233,7 +191,7 @@ def main() -> int:
         pool.terminate()
     print(progress.line())
     if chosen.summary is not None:
-        chosen.summary.write_text(json.dumps(progress.document, indent=1) + "\n")
+        chosen.summary.write_text(progress.text())
     return 0 if progress.document["distinct"] >= chosen.wanted else 1
 
 
