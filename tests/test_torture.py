@@ -40,7 +40,7 @@ def small_commits(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]
     return set_limit
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", ["crash", "tamper"])
 def test_a_batch_gives_the_same_digest_again(job: str) -> None:
     run, wanted = JOBS[job]
     first, again, other = run(3), run(3), run(4)

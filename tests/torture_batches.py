@@ -2,6 +2,7 @@
 
     tools/torture crash --states 1000000          random workloads of three operations and more
     tools/torture tamper --tampers 200000         random alterations of every structure
+    tools/torture tamper --every-bit              each bit of an image's metadata, one at a time
     tools/torture crash --replay 17               one batch again: must give the same digest
 
 A batch is made from its number alone. What was done is kept beside (`--state`), so that a run may
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import tamper_bits
 import test_crash
 import test_tamper
 from crash_support import LETTERS, PREFIXES, SMALL_COMMIT_BLOCKS, Lab, Recipe, set_limit
@@ -118,6 +120,14 @@ def tamper_batch(number: int) -> Batch:
     return batch
 
 
+def bits_batch(number: int) -> Batch:
+    """Flip each bit of one page of metadata, in its turn."""
+    began = time.perf_counter()
+    batch = Batch(number, tamper_bits.whole_page(number))
+    batch.seconds = time.perf_counter() - began
+    return batch
+
+
 def key_of(text: str) -> int:
     """Return 64 bits that stand for a text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
@@ -126,6 +136,7 @@ def key_of(text: str) -> int:
 JOBS: dict[str, tuple[Callable[[int], Batch], str]] = {
     "crash": (crash_batch, "states"),
     "tamper": (tamper_batch, "tampers"),
+    "every-bit": (bits_batch, "bits"),
 }
 
 
@@ -146,8 +157,9 @@ class Progress(Record):
     def add(self, batch: Batch) -> None:
         """Take a finished batch into account."""
         self.keys.update(batch.keys)
-        self.document["distinct"] = len(self.keys)
         self.note(batch.number, batch.digest, batch.figures, batch.seconds)
+        # Bits are all different without a note of each.
+        self.document["distinct"] = len(self.keys) + self.document["figures"].get("bits", 0)
 
     def save(self) -> None:
         """Write it down; a run that is ended goes on from here."""
@@ -161,15 +173,18 @@ class Progress(Record):
 def main() -> int:
     """Run a job until it has reached what was asked for."""
     parser = argparse.ArgumentParser(prog="tools/torture")
-    parser.add_argument("job", choices=JOBS)
+    parser.add_argument("job", choices=("crash", "tamper"))
     parser.add_argument("--states", "--tampers", dest="wanted", type=int, default=10_000)
+    parser.add_argument("--every-bit", action="store_true", help="Of metadata; with tamper.")
     parser.add_argument("--state", type=Path, help="Where the progress is kept.")
     parser.add_argument("--summary", type=Path, help="Write what was reached, as JSON.")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--replay", type=int, metavar="BATCH")
     chosen = parser.parse_args()
-    run, _ = JOBS[chosen.job]
-    progress = Progress(state_path(chosen.state, chosen.job), chosen.job)
+    job = "every-bit" if chosen.every_bit else chosen.job
+    wanted = tamper_bits.bit_count() if chosen.every_bit else chosen.wanted
+    run, _ = JOBS[job]
+    progress = Progress(state_path(chosen.state, job), job)
     if chosen.replay is not None:
         batch = run(chosen.replay)
         known = progress.document["digests"].get(str(chosen.replay))
@@ -180,7 +195,7 @@ def main() -> int:
         numbers = progress.wanted()
         waiting: list[Any] = []
         with contextlib.suppress(KeyboardInterrupt):
-            while progress.document["distinct"] < chosen.wanted:
+            while progress.document["distinct"] < wanted:
                 while len(waiting) < chosen.processes + 1:
                     waiting.append(pool.apply_async(run, (next(numbers),)))
                 progress.add(waiting.pop(0).get())
@@ -192,7 +207,7 @@ def main() -> int:
     print(progress.line())
     if chosen.summary is not None:
         chosen.summary.write_text(progress.text())
-    return 0 if progress.document["distinct"] >= chosen.wanted else 1
+    return 0 if progress.document["distinct"] >= wanted else 1
 
 
 if __name__ == "__main__":
