@@ -43,7 +43,7 @@ FIO_SIZE = 8 * MIB
 SIZES = (16 * MIB, 32 * MIB)
 """Between these the resized image is; fio has what is below."""
 OPTIONS = "cache=8M,dirty=8M,commit=0.5,idle=2"
-WARM_UP = 300.0  # seconds, or
+WARM_UP = 300.0  # seconds
 WARM_UP_PART = 1 / 6
 GROWTH_MAX = 0.05
 GROWTH_MAX_SHORT = 0.25

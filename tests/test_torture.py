@@ -118,6 +118,7 @@ needs_mount = pytest.mark.skipif(
 
 @pytest.mark.fuse
 @pytest.mark.tpm
+@pytest.mark.slow
 @needs_mount
 def test_three_kills_lose_nothing_and_are_on_record(tmp_path: Path) -> None:
     record = Record(tmp_path / "kills.json", "kills", seed=2)
@@ -135,7 +136,7 @@ def test_three_kills_lose_nothing_and_are_on_record(tmp_path: Path) -> None:
 @needs_mount
 def test_a_short_soak_leaves_all_as_it_was(tmp_path: Path) -> None:
     document = soak.soak(tmp_path, seed=1, seconds=20)
-    assert document["failures"] == []
+    assert document["failures"] == [], document
     assert len(document["resident_kib"]) == 10
     done = document["operations"]
     assert all(done[name] for name in ("fio on a disk", "writers", "resize", "check", "verbs"))
