@@ -476,7 +476,9 @@ def main() -> int:
         sys.exit(f"seed {chosen.seed}: what was reached is of seed {record.document['seed']}")
     one = (chosen.seed, chosen.replay, chosen.per_batch, chosen.directory)
     if chosen.replay is not None:
-        return 0 if run_batch(record, *one) else 1
+        is_well = run_batch(record, *one)
+        print(f"batch {chosen.replay}: {record.document['batches'][str(chosen.replay)]}")
+        return 0 if is_well else 1
     numbers = record.wanted()
     is_well = True
     with contextlib.suppress(KeyboardInterrupt):
