@@ -231,7 +231,25 @@ CHECKPOINT = (
     ),
     Mutant(
         "the fence does not look", "4.1; two openers", VOLUME,
-        (("        self._fence()\n", ""),),
+        (("        execute(self.storage, plan)\n        self._fence()\n",
+          "        execute(self.storage, plan)\n"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "a commit after a sleep does not look", "4.1; two openers", VOLUME,
+        (("        self._fence_after_sleep()\n        geometry", "        geometry"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "blocks go home after a sleep without a look", "4.1; two openers", VOLUME,
+        (("        self._fence_after_sleep()\n        execute(self.storage, self._home",
+          "        execute(self.storage, self._home"),),
+        (GAPS,),
+    ),
+    Mutant(
+        "a checkpoint after a sleep does not look", "4.1; two openers", VOLUME,
+        (("        self._fence_after_sleep()\n        execute(self.storage, plan)\n",
+          "        execute(self.storage, plan)\n"),),
         (GAPS,),
     ),
     Mutant(

@@ -288,6 +288,7 @@ class SimulatedStorage:
         self.on_step: Callable[[], None] | None = None
         """Called before that: what others do at this moment."""
         self.on_read: Callable[[str, int, int], None] | None = None
+        self.time = 0.0
         self.rng = random.Random(0)
         """Decides what a failing sync has written."""
         self._fail_after = 0
@@ -327,6 +328,9 @@ class SimulatedStorage:
 
     def size(self) -> int:
         return len(self.disk.cached)
+
+    def clock(self) -> float:
+        return self.time
 
     def read(self, offset: int, size: int) -> bytes:
         self._noted_read("read", offset, size)

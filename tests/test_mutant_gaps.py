@@ -46,7 +46,7 @@ from sealfs.image.record import Record
 from sealfs.image.recovery import Lineage, Witness
 from sealfs.image.steps import run
 from sealfs.image.storage import FileStorage
-from sealfs.image.volume import Volume, encode_superblock
+from sealfs.image.volume import FENCE_AGE, Volume, encode_superblock
 from sealfs.keys.ledger import LedgerFile, Progress, new
 
 BLOCKS = 40
@@ -195,6 +195,43 @@ def test_a_writer_stops_when_another_has_written_superblocks_meanwhile(superbloc
     assert [storage.read(at, 512) for at in places] == before
     with pytest.raises(StorageFailed, match="takes no writes"):
         first.write(0, fill(4))
+
+
+@pytest.mark.parametrize("act", ["flush", "checkpoint"])
+def test_a_writer_that_slept_writes_nothing_over_what_another_wrote(act: str) -> None:
+    storage = created()
+    first = opened(storage)
+    first.write(0, fill(1))
+    first.flush()
+    second = opened(SimulatedStorage(storage.disk))
+    second.write(PAGE, fill(2))
+    second.flush()
+    if act == "flush":
+        first.write(2 * PAGE, fill(3))
+    before = bytes(storage.disk.cached)
+    storage.time += 2 * FENCE_AGE
+    with pytest.raises(StorageFailed, match="somebody else has opened and written"):
+        getattr(first, act)()
+    assert bytes(storage.disk.cached) == before
+
+
+def test_a_writer_that_slept_between_its_record_and_the_homes_leaves_the_homes_alone() -> None:
+    storage = created()
+    first = opened(storage)
+    first.write(0, fill(1))
+    first.flush()
+    home = first._volume.geometry.block_offset(first._volume.tree.slot_of(0), 1)
+    first.write(PAGE, fill(3))
+
+    def sleeps(name: str, offset: int, size: int) -> None:
+        if name == "write_durable":
+            storage.time += 2 * FENCE_AGE
+            first._volume._live_raw = b"what was there before another wrote"
+
+    storage.on_call = sleeps
+    with pytest.raises(StorageFailed, match="somebody else has opened and written"):
+        first.flush()
+    assert not any(storage.read(home, PAGE))
 
 
 def test_a_poisoned_image_is_closed_without_a_write() -> None:

@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import struct
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -85,6 +86,9 @@ class Storage(Protocol):
 
     def truncate(self, size: int) -> None:
         """Set the length of the file."""
+
+    def clock(self) -> float:
+        """Return seconds on a clock that goes on while the process or the machine is asleep."""
 
     def close(self) -> None:
         """Let go of the file and its lock."""
@@ -284,6 +288,9 @@ class FileStorage:
             os.ftruncate(self._fd, size)
         except OSError as exc:
             raise StorageFailed(self.path, _failure("truncate", size, exc)) from exc
+
+    def clock(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def close(self) -> None:
         if self._direct_fd is not None:

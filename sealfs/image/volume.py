@@ -57,6 +57,10 @@ FREED_SLOTS_MAX = 128
 """Slots of moved groups that wait for a checkpoint. With those of the record being written an image
 may be larger by FREED_SLOTS_MAX + RECORD_BLOCKS_MAX / group_blocks slots for a while: 73 MiB."""
 
+FENCE_AGE = 0.1
+"""Seconds without a look at the superblocks, after which the process may have been asleep, and its
+lock have gone to somebody else (network file systems give it away after half a minute and more)."""
+
 REPLAY_PAGES_MAX = 6144
 """Journal pages between two checkpoints: 24 MiB, however large the journal. What is in it is
 written home by the open after a crash, and that is to take less than half a second."""
@@ -105,6 +109,7 @@ class Volume:
         """Block to file offset of its newest inline payload, where that is not home yet."""
         self._live_copy = live_copy
         self._live_raw = live_raw
+        self._fenced_at = storage.clock()
         self._keys = keys
         self._macs = macs
         self._random = random
@@ -290,6 +295,7 @@ class Volume:
 
     def _seal(self, batch: Batch, content: Callable[[int], Buffer], page: int) -> Written:
         """Seal a batch and make its direct data durable; return its record."""
+        self._fence_after_sleep()
         geometry = self.geometry
         plan: WritePlan = []
         groups: list[tuple[int, int, bytes]] = []
@@ -347,6 +353,7 @@ class Volume:
         return written
 
     def _write_home(self, record: Record, payload: memoryview) -> None:
+        self._fence_after_sleep()
         execute(self.storage, self._home_writes(record.inline_blocks, payload, {}))
 
     def _seal_run(
@@ -445,6 +452,7 @@ class Volume:
             anchors=anchors,
         )
         raw = encode_superblock(superblock, self._keys)
+        self._fence_after_sleep()
         execute(self.storage, plan)
         self._fence()
         page = raw.ljust(BLOCK_SIZE, b"\0")
@@ -478,6 +486,12 @@ class Volume:
             raise StorageFailed(
                 self.path, "somebody else has opened and written this image meanwhile"
             )
+        self._fenced_at = self.storage.clock()
+
+    def _fence_after_sleep(self) -> None:
+        """As `_fence`, where this process may have slept long enough to lose its lock."""
+        if self.storage.clock() - self._fenced_at > FENCE_AGE:
+            self._fence()
 
     def compact_table(self) -> None:
         """Drop the rows of the epoch table that no entry names; reads every leaf page."""
