@@ -474,12 +474,12 @@ RECOVER = (
     ),
     Mutant(
         "node pages are not verified", "6.2; 9 step 4", TREE_FILE,
-        (("                    same_mac(mac, expected)\n", "                    True\n"),),
+        (("        return same_mac(mac, ref.mac)\n", "        return True\n"),),
         (TREE,),
     ),
     Mutant(
         "only the hinted place of a node page is tried", "6.2", TREE_FILE,
-        (("for attempt in (place & 1, 1 - (place & 1)):", "for attempt in (place & 1,):"),),
+        (("for place in (ref.place & 1, 1 - (ref.place & 1)):", "for place in (ref.place & 1,):"),),
         (TREE,),
     ),
     Mutant(
@@ -575,7 +575,7 @@ RECOVER = (
     ),
     Mutant(
         "records are not applied", "9 step 6", RECOVERY,
-        (("        volume.apply(item.record)\n", ""),),
+        (("        volume.apply(_known_part(volume, item.record))\n", ""),),
         (GOLDEN,),
     ),
     Mutant(
@@ -591,7 +591,8 @@ RECOVER = (
     ),
     Mutant(
         "the root is compared though a leaf page is lost", "9 steps 6 and 7", RECOVERY,
-        (("    if scanned and not volume.lost_groups:\n", "    if scanned:\n"),),
+        (("    if scanned and not volume.lost_groups and not tree.lost:\n",
+          "    if scanned and not tree.lost:\n"),),
         (GAPS,),
     ),
     Mutant(
@@ -679,7 +680,7 @@ RECOVER = (
     ),
     Mutant(
         "slots of the tree are free in recovery", "8.3, busy", RECOVERY,
-        (("    _occupy_slots(volume)\n    journal", "    journal"),),
+        (("    _occupy_slots(volume)\n    volume.", "    volume."),),
         (GOLDEN, IMAGE),
     ),
     Mutant(

@@ -57,6 +57,7 @@ PURE = {
     "image/steps": "generators",
     "image/tree": "the tree is driven by its volume",
     "image/journal": "records are scanned from bytes that others read",
+    "image/rebuild": "pages are read by who calls it",
     "image/allocator": "slots are numbers",
     "image/check": "reads through the volume's storage",
     "keys/policy": "digests in software",

@@ -36,7 +36,8 @@ PAGE = 4096
 
 NAMES = sorted(MANIFEST["images"])
 REFUSED = [name for name in NAMES if MANIFEST["images"][name]["error"]]
-DAMAGED = [name for name in NAMES if MANIFEST["images"][name]["damaged"]]
+REBUILT = ["node-flipped", "top-flipped"]
+DAMAGED = REBUILT + [name for name in NAMES if MANIFEST["images"][name]["damaged"]]
 GOOD = [name for name in NAMES if name not in REFUSED and name not in DAMAGED]
 
 
@@ -143,7 +144,8 @@ def test_a_broken_sibling_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_sibling_shows_its_damage_and_the_rest(name: str) -> None:
     expected = MANIFEST["images"][name]
-    image = opened(SimulatedStorage(SimulatedDisk.of(raw_of(name))), read_only=False)
+    storage = SimulatedStorage(SimulatedDisk.of(raw_of(name)))
+    image = opened(storage, read_only=False)
     damaged = set(expected["damaged"])
     for block in range(-(-image.size // PAGE)):
         if block in damaged:
@@ -160,6 +162,9 @@ def test_a_damaged_sibling_shows_its_damage_and_the_rest(name: str) -> None:
     }
     assert named == damaged
     assert refcheck.check(raw_of(name), KEY, GEOMETRY).errors
+    assert bool(image.rebuilt_nodes) == (name in REBUILT)
+    if name in REBUILT:
+        assert refcheck.check(storage.disk.durable, KEY, GEOMETRY).errors == []
 
 
 def test_the_identity_is_readable_without_a_key() -> None:

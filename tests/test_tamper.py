@@ -95,6 +95,8 @@ class State:
     records: dict[int, Span] = field(default_factory=dict)
     slots: dict[int, set[int]] = field(default_factory=dict)
     """Group to the slots that the superblock's tree, or a record, gives it."""
+    nodes: list[tuple[Span, range]] = field(default_factory=list)
+    """Both places of each node page, and the blocks that it covers."""
 
 
 class History:
@@ -223,6 +225,9 @@ def locate(state: State) -> None:
         for node in level.values():
             if node.slot < 0:
                 continue
+            count = g.fanout**node.level * GROUP
+            covered = range(node.index * count, min((node.index + 1) * count, BLOCKS))
+            state.nodes.append(((g.node_offset(node.slot, node.position, 0), 2 * PAGE), covered))
             for name, place in (("node", node.place), ("node's other place", 1 - node.place)):
                 spans[name].append((g.node_offset(node.slot, node.position, place), PAGE))
     for group in tree.groups():
@@ -321,6 +326,10 @@ def verdict(state: State, raw: bytearray) -> Verdict:
             right.damaged.update(
                 group * GROUP + index for index in range(GROUP) if first + 2 + index in pages
             )
+    for (offset, size), covered in state.nodes:
+        if pages.intersection(range(offset // PAGE, (offset + size) // PAGE)):
+            # And what it covers is there, in most cases: it is rebuilt.
+            right.damaged.update(covered)
     superblocks = {GEOMETRY.superblock_offset(copy) // PAGE for copy in (0, 1)}
     if pages & superblocks:
         # The older superblock's tree, brought up to date by the records that are still there.
@@ -381,7 +390,8 @@ def judge(raw: bytearray, right: Verdict, *, label: object) -> str:
     for block in range(BLOCKS):
         found, named_block = read_or_damaged(image, block)
         if found is None:
-            assert named_block in (block, block // GROUP * GROUP), f"{label}: {block}"
+            lost = {each.first_block for each in image.lost_ranges}
+            assert named_block in {block, block // GROUP * GROUP} | lost, f"{label}: {block}"
             assert block in right.damaged, f"{label}: block {block} was not touched"
             damaged.add(block)
         else:

@@ -141,7 +141,8 @@ class Checker:
         # The tree: columns of each node that is there, as it stands now.
         self.macs: dict[tuple[int, int], bytearray] = {}
         self.slots: dict[int, bytearray] = {}
-        self.has_lost = False  # a leaf page that a record needs is damaged
+        self.has_lost = False  # a node page, or a leaf page that a record needs, is damaged
+        self.lost: list[range] = []  # groups that damaged node pages cover
         self.places: dict[int, int] = {}  # group -> hinted place of its leaf
         self.stale: set[int] = set()  # level-1 nodes to be computed again
         self.leaves: dict[int, bytearray] = {}  # leaves that records have touched
@@ -337,9 +338,23 @@ class Checker:
                         todo.append((level - 1, number, below))
                         break
                 else:
-                    raise Refused(f"node {level - 1}/{number} does not authenticate")
+                    self.lose(level - 1, number)
         if self.compute_root(block.size) != wanted:
             self.error("the tree of the superblock is not in its canonical form")
+
+    def lose(self, level: int, number: int) -> None:
+        """Take what a damaged node page covers for lost; it is not rebuilt here (section 6.4)."""
+        count = self.fanout**level
+        self.has_lost = True
+        self.lost.append(range(number * count, (number + 1) * count))
+        size = count * self.blocks_per_group * PAGE
+        self.error(
+            f"node {level}/{number} does not authenticate: bytes {number * size} to"
+            f" {(number + 1) * size - 1} of the disk are lost"
+        )
+
+    def is_lost(self, group: int) -> bool:
+        return any(group in groups for groups in self.lost)
 
     def inside(self, slot: int, what: str) -> None:
         if self.slot_offset(slot + 1) > self.read.size:
@@ -545,12 +560,16 @@ class Replay(Checker):
             busy.add(slot)
             self.record_slots.add(slot)
         for group, slot in record.allocs:
+            if self.is_lost(group):
+                continue
             if self.group(group) is not None:
                 self.error(f"{name}: group {group} has a slot already")
             self.leaves[group] = bytearray(PAGE)
             self.set_group(group, b"\xff" * 24, slot)
             touched.add(group)
         for group, slot, mac in record.groups:
+            if self.is_lost(group):
+                continue
             self.leaves.pop(group, None)
             self.places[group] = 0
             self.set_group(group, mac, slot)
@@ -559,6 +578,8 @@ class Replay(Checker):
         for index, (block, entry) in enumerate((*record.direct, *record.inline)):
             position = index - len(record.direct)
             self.note_nonce(name, block, entry)
+            if self.is_lost(block // b):
+                continue
             touched.add(self.set_entry(block, entry, name, old_size))
             self.inline.pop(block, None)
             if position >= 0:

@@ -216,6 +216,10 @@ def _save_group(image: SealedImage, at: int, target: plain.Target, findings: lis
         start = max(at, damaged.block * BLOCK_SIZE)
     if start is None:
         return image.size
+    for lost in image.lost_ranges:
+        if lost.offset <= start < lost.offset + lost.size:
+            findings.append(lost)
+            return min(lost.offset + lost.size, image.size)
     size = image.group_size
     end = min(start // size * size + size, image.size)
     try:
@@ -238,7 +242,7 @@ def _save(image: SealedImage, start: int, end: int, target: plain.Target) -> Non
 def _add(findings: list[Finding], block: int, detail: str) -> None:
     cause = "is lost: it does not verify"
     last = findings[-1] if findings else None
-    if last is not None and last.first_block + last.block_count == block:
+    if last and last.cause == cause and last.first_block + last.block_count == block:
         findings[-1] = Finding(last.first_block, last.block_count + 1, cause)
     else:
         findings.append(Finding(block, 1, cause))

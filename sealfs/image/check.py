@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sealfs.errors import BlockDamaged, StorageFailed
 from sealfs.image.cipher import TAG_SIZE
 from sealfs.image.format import ENTRY_PARTS
-from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, runs_of
+from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, block_count_of, runs_of
 from sealfs.image.steps import Steps
 
 if TYPE_CHECKING:
@@ -50,14 +50,29 @@ class Part:
 def check_part_steps(volume: Volume, start: int, count: int, *, data: bool) -> Steps[Part]:
     """Verify the leaf pages of the first `count` groups from the group `start` on.
 
-    With `data` every block too. Node pages were verified at open.
+    With `data` every block too. Node pages were verified at open; what those that were lost
+    cover is named with the groups before it.
     """
     findings: list[Finding] = []
     groups = list(islice(volume.tree.groups(start), count + 1))
     for group in groups[:count]:
         findings += yield from _group_steps(volume, group, data)
     size = len(groups[:count]) * volume.geometry.slot_size
-    return Part(findings, size, groups[count] if len(groups) > count else None)
+    following = groups[count] if len(groups) > count else None
+    end = following or volume.geometry.group_count_max
+    blocks = volume.geometry.group_blocks
+    findings += [f for f in lost_findings(volume) if start <= f.first_block // blocks < end]
+    return Part(sorted(findings, key=lambda each: each.first_block), size, following)
+
+
+def lost_findings(volume: Volume) -> list[Finding]:
+    """Return what is lost of the disk because a node page is."""
+    end = block_count_of(volume.size)
+    return [
+        Finding(lost.first, min(lost.count, end - lost.first), lost.cause)
+        for lost in volume.tree.lost
+        if lost.first < end
+    ]
 
 
 def _group_steps(volume: Volume, group: int, data: bool) -> Steps[list[Finding]]:

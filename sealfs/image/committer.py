@@ -47,6 +47,7 @@ class Committer:
 
         Raises:
             NoSpace: the storage is full.
+            BlockDamaged: the node page that names them is lost.
         """
         volume, tree = self._volume, self._tree
         for group, index, part in group_runs(first, count, self._geometry.group_blocks):
@@ -92,10 +93,12 @@ class Committer:
         return any(b in cache.dirty or b in cache.committing for b in blocks)
 
     def next_group(self, group: int) -> int:
-        """Return the next group that holds something, or one beyond every disk."""
+        """Return the next group that holds something or is lost, or one beyond every disk."""
         beyond = self._geometry.group_count_max
         found = next(self._tree.groups(group + 1), beyond)
         size = self._geometry.group_blocks
+        lost = (each.first // size for each in self._tree.lost if each.first // size > group)
+        found = min(found, min(lost, default=beyond))
         for blocks in (self._cache.dirty, self._cache.committing):
             later = (block // size for block in blocks if block // size > group)
             found = min(found, min(later, default=beyond))

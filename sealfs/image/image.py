@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sealfs.errors import Busy, NoSpace, ReadOnly, StorageFailed, UsageError
+from sealfs.errors import BlockDamaged, Busy, NoSpace, ReadOnly, StorageFailed, UsageError
 from sealfs.image import check, recovery
 from sealfs.image.cache import BlockCache
 from sealfs.image.cipher import SealHook
@@ -125,6 +125,16 @@ class SealedImage:
     def lost_groups(self) -> list[int]:
         """Groups whose leaf page this open found damaged, where the journal had changes of it."""
         return self._volume.lost_groups
+
+    @property
+    def lost_ranges(self) -> list[check.Finding]:
+        """What is lost because a node page is damaged that could not be rebuilt."""
+        return check.lost_findings(self._volume)
+
+    @property
+    def rebuilt_nodes(self) -> list[str]:
+        """Node pages, LEVEL.INDEX, that this open found damaged and has rebuilt."""
+        return [f"{ref.level}.{ref.index}" for ref in self._tree.rebuilt]
 
     @property
     def slot_size(self) -> int:
@@ -254,6 +264,7 @@ class SealedImage:
         A write beyond the end makes the disk longer. Nothing is durable before a flush.
 
         Raises:
+            BlockDamaged: the node page that names the blocks is lost.
             NoSpace: the storage is full; nothing was accepted.
             ReadOnly, StorageFailed: the image takes no writes.
             UsageError: beyond what a disk can have.
@@ -285,7 +296,7 @@ class SealedImage:
         try:
             if not self._committer.reserve(first, count):
                 return False
-        except NoSpace:
+        except (NoSpace, BlockDamaged):
             self._committer.drop_unused_slots()
             raise
         self._cache.put(first, data)
@@ -413,6 +424,7 @@ class SealedImage:
             return
         # The block in which the disk ends is an edge too: it may have grown meanwhile.
         first, last = block_count_of(offset), end // BLOCK_SIZE
+        self._tree.check_lost(first, last - first)
         # Unaligned head
         if first * BLOCK_SIZE > offset:
             yield from self._zero_steps(offset, min(end, first * BLOCK_SIZE))
@@ -445,6 +457,7 @@ class SealedImage:
         What is cut off is gone: growing again shows zeros.
 
         Raises:
+            BlockDamaged: it would cut off a part of what a lost node page covers.
             UsageError: not a size a disk can have.
         """
         self._check_writable()
@@ -452,6 +465,8 @@ class SealedImage:
             raise UsageError(
                 self.path, f"size of {size} bytes, a disk has 0 to {self._geometry.size_max}"
             )
+        tail = block_count_of(size)
+        self._tree.check_lost(tail, block_count_of(self.size) - tail)
         yield from self.flush_steps()
         if size >= self.size:
             self.size = size
@@ -461,7 +476,7 @@ class SealedImage:
             # Unaligned tail: it becomes zero in the same record as the size.
             stop = min(block_count_of(size) * BLOCK_SIZE, self.size)
             yield from self._zero_steps(size, stop)
-        tail, end = block_count_of(size), self._geometry.size_max // BLOCK_SIZE
+        end = self._geometry.size_max // BLOCK_SIZE
         cut = self._committer.partial_groups(tail, end - tail)
         yield from self._reader.load_leaves_steps(cut)
         self._committer.reserve_leaves(cut)

@@ -49,6 +49,7 @@ class Reader:
         self._group_blocks, self._fanout = geometry.group_blocks, geometry.fanout
         self._first_home, self._slot_size = geometry.block_offset(0, 0), geometry.slot_size
         self._level1, self._leaves = volume.tree.nodes[1], volume.tree.leaves
+        self._lost = volume.tree.lost
         self._read_nowait, self._open_block = volume.storage.read_nowait, volume.cipher.open_block
         self._scratch = bytearray(BLOCK_SIZE + TAG_SIZE)
         self._scratch_view = memoryview(self._scratch)[:BLOCK_SIZE]
@@ -71,6 +72,8 @@ class Reader:
         node_index, i = divmod(group, self._fanout)
         node = self._level1.get(node_index)
         if node is None or not node.present[i]:
+            if self._lost:
+                self._tree.check_lost(block, 1)
             return _ZERO_BLOCK
         leaf = self._leaves.get(group)
         if leaf is None or self._volume.inline:

@@ -45,6 +45,11 @@ class Record:
     holes: list[tuple[int, int]] = field(default_factory=list)
 
     @property
+    def slots(self) -> list[int]:
+        """Slots that it gives to groups."""
+        return [slot for _, slot in self.allocs] + [slot for _, slot, _ in self.groups]
+
+    @property
     def head_pages(self) -> int:
         """Pages of header and body."""
         counts = (len(self.allocs), len(self.groups), len(self.direct_blocks),

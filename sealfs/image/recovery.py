@@ -34,8 +34,10 @@ from sealfs.image.format import (
     identity_header,
 )
 from sealfs.image.journal import Scanned, Tail, scan
-from sealfs.image.layout import BLOCK_SIZE, JOURNAL_PAGES_MAX, Geometry
+from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, JOURNAL_PAGES_MAX, Geometry
 from sealfs.image.plan import Buffer, Step, WritePlan
+from sealfs.image.rebuild import Rebuilder
+from sealfs.image.record import Record
 from sealfs.image.steps import run
 from sealfs.image.storage import Storage, execute
 from sealfs.image.tree import Tree
@@ -207,15 +209,18 @@ def open_volume(
     image_keys = {superblock.key_generation: bytearray(image_key)}
     cipher = BlockCipher(image_keys, superblock.uuid, path, rows, on_seal)
     macs = TreeMacs(keys.tree, superblock.uuid)
-    tree = Tree.load(
-        geometry,
-        macs,
-        path,
-        lambda offset: storage.read(offset, BLOCK_SIZE),
-        root_mac=superblock.root_mac,
-        size=superblock.size,
-        location=(superblock.root_slot, superblock.root_position, superblock.root_place),
+    journal = _read_journal(storage, superblock)
+    scanned = scan(
+        lambda page, count: bytes(journal[page * BLOCK_SIZE : (page + count) * BLOCK_SIZE]),
+        page_count=geometry.journal_pages,
+        tail=Tail(superblock.tail_page, superblock.tail_sequence, superblock.tail_mac),
+        uuid=superblock.uuid,
+        epoch=rows[-1].epoch if rows else 0,
+        key=keys.journal,
+        cipher=cipher,
+        path=path,
     )
+    tree = _load_tree(storage, superblock, macs, cipher, [item.record for item in scanned])
     volume = Volume(
         storage,
         superblock=superblock,
@@ -230,20 +235,9 @@ def open_volume(
         record_roots=record_roots,
     )
     _occupy_slots(volume)
-    journal = _read_journal(storage, superblock)
-    scanned = scan(
-        lambda page, count: bytes(journal[page * BLOCK_SIZE : (page + count) * BLOCK_SIZE]),
-        page_count=geometry.journal_pages,
-        tail=Tail(superblock.tail_page, superblock.tail_sequence, superblock.tail_mac),
-        uuid=superblock.uuid,
-        epoch=rows[-1].epoch if rows else 0,
-        key=keys.journal,
-        cipher=cipher,
-        path=path,
-    )
     volume.recovering = True
     for item in scanned:
-        volume.apply(item.record)
+        volume.apply(_known_part(volume, item.record))
         for i, block in enumerate(item.record.inline_blocks):
             page = item.payload_page + i
             if block < volume.geometry.group_count_max * volume.geometry.group_blocks:
@@ -251,8 +245,8 @@ def open_volume(
         _forget_holes(volume, item)
         volume.journal.advance(item.record, item.mac)
     volume.recovering = False
-    # With a leaf page lost, the root is another one: what the page held is not known.
-    if scanned and not volume.lost_groups:
+    # With a leaf or node page lost, the root is another one: what it held is not known.
+    if scanned and not volume.lost_groups and not tree.lost:
         expected = scanned[-1].record.root_mac
         if expected is not None and not same_mac(tree.refresh(volume.size), expected):
             raise IntegrityError(path, "the tree after replay is not the one last recorded")
@@ -264,9 +258,75 @@ def open_volume(
     if not read_only:
         if table.rows_max - len(table.rows) < _ROWS_WANTED:
             volume.compact_table()
-        if scanned:
+        if scanned or tree.rebuilt:
             _finish_recovery(volume, journal)
     return volume, identity
+
+
+def _load_tree(
+    storage: Storage, superblock: Superblock, macs: TreeMacs, cipher: BlockCipher,
+    records: list[Record],
+) -> Tree:  # fmt: skip
+    """Load the tree of a superblock; node pages that are damaged are rebuilt, or lost."""
+
+    def read_page(offset: int) -> bytes:
+        return storage.read(offset, BLOCK_SIZE)
+
+    tree = Tree.load(
+        superblock.geometry,
+        macs,
+        storage.path,
+        read_page,
+        root_mac=superblock.root_mac,
+        size=superblock.size,
+        location=(superblock.root_slot, superblock.root_position, superblock.root_place),
+    )
+    if tree.missing:
+        entries = [entries for r in records for entries in (r.direct_entries, r.inline_entries)]
+        Rebuilder(
+            tree,
+            superblock.geometry,
+            macs,
+            read_page=read_page,
+            open_block=cipher.open_block,
+            slot_count=superblock.geometry.slot_count_of(storage.size()),
+            later_slots={slot for record in records for slot in record.slots},
+            later_nonces={
+                each[at : at + 12] for each in entries for at in range(0, len(each), ENTRY_SIZE)
+            },
+        ).run()
+        if any(lost.level == superblock.geometry.depth for lost in tree.lost):
+            raise IntegrityError(storage.path, tree.lost[0].cause)
+    return tree
+
+
+def _known_part(volume: Volume, record: Record) -> Record:
+    """Return what a record says of blocks that are not lost with a node page."""
+    tree, group_blocks = volume.tree, volume.geometry.group_blocks
+    if not tree.lost:
+        return record
+
+    def is_known(block: int) -> bool:
+        return not any(lost.first <= block < lost.first + lost.count for lost in tree.lost)
+
+    def known(blocks: list[int], entries: bytes) -> tuple[list[int], bytes]:
+        kept = [i for i, block in enumerate(blocks) if is_known(block)]
+        parts = (entries[i * ENTRY_SIZE : (i + 1) * ENTRY_SIZE] for i in kept)
+        return [blocks[i] for i in kept], b"".join(parts)
+
+    for slot in record.slots:
+        volume.allocator.occupy(slot)
+    direct_blocks, direct_entries = known(record.direct_blocks, record.direct_entries)
+    inline_blocks, inline_entries = known(record.inline_blocks, record.inline_entries)
+    return replace(
+        record,
+        allocs=[each for each in record.allocs if is_known(each[0] * group_blocks)],
+        groups=[each for each in record.groups if is_known(each[0] * group_blocks)],
+        direct_blocks=direct_blocks,
+        direct_entries=direct_entries,
+        inline_blocks=inline_blocks,
+        inline_entries=inline_entries,
+    )
 
 
 def lineage_of(superblock: Superblock, scanned: Sequence[Scanned], tail: Tail) -> Lineage:
@@ -369,10 +429,14 @@ def _occupy_slots(volume: Volume) -> None:
     """Mark what the tree names as busy; each slot once, and within the file."""
     slot_count = volume.geometry.slot_count_of(volume.storage.size())
     chunks = volume.tree.chunks()
+    # What pages that are rebuilt held stays as it is until the superblock names it no more.
+    held = {(ref.slot, ref.position) for ref in volume.tree.rebuilt}
     for slot, positions in chunks.items():
         if not volume.allocator.occupy(slot):
             raise IntegrityError(volume.path, f"slot {slot} is used twice")
-        volume.allocator.add_chunk(slot, positions)
+        if not volume.tree.lost:
+            held_here = [position for each, position in held if each == slot]
+            volume.allocator.add_chunk(slot, [*positions, *held_here])
     highest = max(chunks, default=-1)
     for group in volume.tree.groups():
         slot = volume.tree.slot_of(group)
@@ -384,6 +448,10 @@ def _occupy_slots(volume: Volume) -> None:
             volume.path,
             f"is cut off: its tree names slot {highest}, the file ends after {slot_count} slots",
         )
+    # Any other slot, or node position, may be one that a lost node page names.
+    for slot in range(slot_count) if volume.tree.lost else [slot for slot, _ in held]:
+        if slot < slot_count:
+            volume.allocator.occupy(slot)
 
 
 def _read_journal(storage: Storage, superblock: Superblock) -> memoryview:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 
-from sealfs.errors import FormatError, IntegrityError
+from sealfs.errors import BlockDamaged, StorageFailed
 from sealfs.image.cipher import TreeMacs, same_mac
 from sealfs.image.format import NO_MAC, TREE_MAC_SIZE
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, Geometry
@@ -29,6 +30,31 @@ EMPTY_LEAF = bytes(BLOCK_SIZE)
 
 ReadPage = Callable[[int], bytes]
 """Given an offset in the file, returns BLOCK_SIZE bytes, fewer at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRef:
+    """What a parent, or for the top page the superblock, says of a node page."""
+
+    level: int
+    index: int
+    slot: int
+    position: int
+    place: int
+    mac: bytes
+    """The root MAC for the top page."""
+    cause: str = ""
+    """Why the page is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class LostRange:
+    """Blocks that a node page covers which is damaged and could not be rebuilt."""
+
+    level: int
+    first: int
+    count: int
+    cause: str
 
 
 class Node:
@@ -95,8 +121,8 @@ class Tree:
         self._fanout = geometry.fanout
         self._macs = macs
         self._path = path
-        self.nodes: list[dict[int, Node]] = [{} for _ in range(geometry.depth + 1)]
-        """nodes[level][index]; level 0 is not used."""
+        self.nodes: list[dict[int, Node]] = [{} for _ in range(geometry.depth + 2)]
+        """nodes[level][index]; level 0 is not used, and nothing is above the top."""
         self.leaves: dict[int, bytearray] = {}
         """Group to leaf page, of those in memory."""
         self._stale_leaves: set[int] = set()
@@ -105,6 +131,14 @@ class Tree:
         self._changed_nodes: list[set[int]] = [set() for _ in range(geometry.depth + 1)]
         self.gone_nodes: list[tuple[int, int]] = []
         """(slot, position) of node pages that were given up, for the allocator."""
+        self.missing: list[NodeRef] = []
+        """Node pages that do not authenticate, until they are rebuilt or count as lost."""
+        self.rebuilt: list[NodeRef] = []
+        """Those that were rebuilt: the next checkpoint writes them, to positions of their own."""
+        self.lost: list[LostRange] = []
+        """Nothing in here is a hole, and nothing in here changes."""
+        self._size = 0
+        self._positions: set[tuple[int, int]] = set()
         top = Node(geometry.depth, 0, self._fanout)
         self.nodes[geometry.depth][0] = top
         self._mark_node(top)
@@ -116,7 +150,7 @@ class Tree:
         cls, geometry: Geometry, macs: TreeMacs, path: str, read_page: ReadPage, *,
         root_mac: bytes, size: int, location: tuple[int, int, int],
     ) -> Tree:  # fmt: skip
-        """Load and verify all node pages.
+        """Load and verify all node pages; those that do not authenticate are `missing`.
 
         Args:
             geometry: of the image.
@@ -126,60 +160,104 @@ class Tree:
             root_mac: from the live superblock.
             size: of the disk, from there too.
             location: (slot, position, place) of the top page.
-
-        Raises:
-            IntegrityError: a page does not authenticate, or a slot is used twice.
         """
         tree = cls(geometry, macs, path)
         tree._stale_nodes[geometry.depth].clear()
         tree._changed_nodes[geometry.depth].clear()
-        used: set[tuple[int, int]] = set()
-        pending = [(geometry.depth, 0, location, b"")]
-        while pending:
-            level, index, (slot, position, place), expected = pending.pop()
-            if (slot, position) in used or position >= geometry.chunk_nodes:
-                raise FormatError(
-                    path,
-                    f"node {level}.{index}: position {position} of slot {slot} is used"
-                    f" twice, or beyond {geometry.chunk_nodes}",
-                )
-            used.add((slot, position))
-            for attempt in (place & 1, 1 - (place & 1)):
-                page = read_page(geometry.node_offset(slot, position, attempt))
-                if len(page) < BLOCK_SIZE:
-                    continue
-                node = Node.decode(level, index, geometry.fanout, page)
-                mac = macs.node(level, index, node.columns())
-                if (
-                    same_mac(mac, expected)
-                    if expected
-                    else same_mac(macs.root(size, mac), root_mac)
-                ):
-                    break
-            else:
-                raise IntegrityError(
-                    path, f"node page {level}.{index} (slot {slot}) does not authenticate"
-                )
-            node.slot, node.position, node.place = slot, position, attempt
-            tree.nodes[level][index] = node
-            if level > 1:
-                pending.extend(
-                    (level - 1, index * geometry.fanout + i,
-                     (node.slots[i], node.positions[i], node.places[i]), node.mac(i))
-                    for i in range(geometry.fanout) if node.present[i]
-                )  # fmt: skip
+        tree._size = size
+        tree._load([NodeRef(geometry.depth, 0, *location, root_mac)], read_page)
         return tree
+
+    def _load(self, pending: list[NodeRef], read_page: ReadPage) -> None:
+        """Load node pages and what is below them."""
+        while pending:
+            ref = pending.pop()
+            node, cause = self._find(ref, read_page)
+            if node is None:
+                self.missing.append(replace(ref, cause=cause))
+            else:
+                self._positions.add((node.slot, node.position))
+                pending.extend(self._add(node))
+
+    def _find(self, ref: NodeRef, read_page: ReadPage) -> tuple[Node | None, str]:
+        """Return the node that is referred to, or why it is not there."""
+        geometry = self._geometry
+        cause = "does not authenticate: damaged, or altered outside sealfs"
+        # Where pages lie is in no MAC: the reference may lead to where another one lies.
+        if ref.position >= geometry.chunk_nodes or (ref.slot, ref.position) in self._positions:
+            return None, cause
+        for place in (ref.place & 1, 1 - (ref.place & 1)):
+            try:
+                page = read_page(geometry.node_offset(ref.slot, ref.position, place))
+            except StorageFailed as exc:
+                cause = f"cannot be read: {exc.detail}"
+                continue
+            if len(page) == BLOCK_SIZE:
+                node = Node.decode(ref.level, ref.index, geometry.fanout, page)
+                if self.is_proven(ref, node):
+                    node.slot, node.position, node.place = ref.slot, ref.position, place
+                    return node, ""
+        return None, cause
+
+    def is_proven(self, ref: NodeRef, node: Node) -> bool:
+        """Whether a node is the one that is referred to."""
+        mac = self._macs.node(ref.level, ref.index, node.columns())
+        if ref.level == self._geometry.depth:
+            mac = self._macs.root(self._size, mac)
+        return same_mac(mac, ref.mac)
+
+    def _add(self, node: Node) -> list[NodeRef]:
+        """Take in a node that is proven; return what it refers to."""
+        self.nodes[node.level][node.index] = node
+        if node.level == 1:
+            return []
+        return [
+            NodeRef(node.level - 1, node.index * self._fanout + i, node.slots[i],
+                    node.positions[i], node.places[i], node.mac(i))
+            for i in range(self._fanout) if node.present[i]
+        ]  # fmt: skip
+
+    def adopt(self, ref: NodeRef, node: Node, read_page: ReadPage) -> None:
+        """Take in a node that was rebuilt, and load what is below it."""
+        self.missing.remove(ref)
+        self.rebuilt.append(ref)
+        # Where it lay is in no MAC: the checkpoint writes it where nothing is.
+        self._changed_nodes[ref.level].add(ref.index)
+        self._load(self._add(node), read_page)
+
+    def lose(self, ref: NodeRef) -> None:
+        """Give a missing node page up: what it covers is lost, its MAC stays in its parent."""
+        count = self._fanout**ref.level * self._geometry.group_blocks
+        cause = f"node page {ref.level}.{ref.index} {ref.cause}"
+        self.missing.remove(ref)
+        self.lost.append(LostRange(ref.level, ref.index * count, count, cause))
+
+    def check_lost(self, first: int, count: int) -> None:
+        """Raise BlockDamaged where a run of blocks meets one that is lost."""
+        for lost in self.lost:
+            if first < lost.first + lost.count and lost.first < first + count:
+                raise BlockDamaged(
+                    self._path, lost.first, f"and the {lost.count - 1} after it are lost:"
+                    f" {lost.cause}",
+                )  # fmt: skip
 
     # -- groups
 
     def slot_of(self, group: int) -> int:
-        """Return the slot of a group, NO_SLOT where it is a hole."""
+        """Return the slot of a group, NO_SLOT where it is a hole.
+
+        Raises:
+            BlockDamaged: the node page that would tell is lost.
+        """
         node = self.nodes[1].get(group // self._fanout)
+        if node is None:
+            self.check_lost(group * self._geometry.group_blocks, 1)
+            return NO_SLOT
         i = group % self._fanout
-        return node.slots[i] if node is not None and node.present[i] else NO_SLOT
+        return node.slots[i] if node.present[i] else NO_SLOT
 
     def groups(self, first: int = 0) -> Iterator[int]:
-        """Yield the groups that have a slot, ascending, from `first` on."""
+        """Yield the groups that have a slot, ascending, from `first` on; none that are lost."""
         nodes = self.nodes[1].copy()  # a worker may take emptied ones out meanwhile
         for index in sorted(nodes):
             if (index + 1) * self._fanout <= first:
@@ -194,7 +272,8 @@ class Tree:
         chunks: dict[int, list[int]] = {}
         for level in self.nodes[1:]:
             for node in level.values():
-                chunks.setdefault(node.slot, []).append(node.position)
+                if node.slot != NO_SLOT:
+                    chunks.setdefault(node.slot, []).append(node.position)
         return chunks
 
     def leaf(self, group: int) -> bytearray | None:
@@ -307,6 +386,11 @@ class Tree:
         }
         depth = self._geometry.depth
         unplaced = {(depth, 0)} if self.top.slot == NO_SLOT else set()
+        unplaced.update(
+            (ref.level, ref.index)
+            for ref in self.rebuilt
+            if not self._is_placed(ref.level, ref.index)
+        )
         for index in indexes:
             level = 1
             while level < depth and not self._is_placed(level, index):

@@ -496,6 +496,8 @@ class Volume:
     def compact_table(self) -> None:
         """Drop the rows of the epoch table that no entry names; reads every leaf page."""
         epochs: set[int] = set()
+        if self.tree.lost:
+            return  # nor is what a lost node page covers
         for group in self.tree.groups():
             leaf = self.tree.leaf(group)
             try:

@@ -138,6 +138,16 @@ class Opener:
                 witness=witness(path, identity.uuid, self._keys.ledger),
             )
             undo.pop_all()
+        for node in image.rebuilt_nodes:
+            log.warning(
+                'image="%s" vm="%s" node page %s was damaged; rebuilt, nothing is lost',
+                path, identity.vm_id, node,
+            )  # fmt: skip
+        for lost in image.lost_ranges:
+            log.error(
+                'image="%s" vm="%s" bytes %d to %d of the disk are lost: %s',
+                path, identity.vm_id, lost.offset, lost.offset + lost.size - 1, lost.cause,
+            )  # fmt: skip
         for group in image.lost_groups:
             first = group * image.group_size
             log.error(
