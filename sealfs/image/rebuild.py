@@ -21,13 +21,14 @@ from sealfs.image.tree import EMPTY_LEAF, NO_SLOT, Node, NodeRef, ReadPage, Tree
 
 SLOTS_MAX = 1 << 14
 """Slots looked into at one open: 8 GiB of disk, some seconds."""
-OPENS_MAX = 1 << 20
+OPENS_MAX = 1 << 19
 """Attempts to open a block, to learn of which group a leaf page is: some seconds."""
 ENTRIES_MAX = 4
 """Entries of one leaf page tried for that; others may have been written again since."""
-MACS_MAX = 1 << 14
-"""Guesses for one node page, a third of a second; no longer at all after MACS_MAX_TOTAL."""
-MACS_MAX_TOTAL = 1 << 18
+MACS_MAX = 1 << 13
+"""Guesses for one node page: half a second."""
+MACS_MAX_TOTAL = 1 << 16
+"""Guesses at one open: five seconds. After that the likeliest alone are tried of each page."""
 
 OpenBlock = Callable[[int, bytearray, bytes, bytes], bytes]
 """`BlockCipher.open_block`."""
@@ -147,7 +148,8 @@ class Rebuilder:
     def _pages_at(self, level: int, index: int, i: int, named: list[Node]) -> dict[Child, bytes]:
         """Return the node pages, in both places, to which pages of a node lead for a child."""
         found: dict[Child, bytes] = {}
-        for slot, position in {(node.slots[i], node.positions[i]) for node in named}:
+        places = {(node.slots[i], node.positions[i]) for node in named if node.present[i]}
+        for slot, position in sorted(places):
             if slot >= self._slot_count or position >= self._geometry.chunk_nodes:
                 continue
             for place in (0, 1):
@@ -169,18 +171,19 @@ class Rebuilder:
         groups = [ref.index * self._fanout + i for ref in lowest for i in range(self._fanout)]
         known = {node.mac(i) for named in lowest.values() for node in named
                  for i in range(self._fanout)}  # fmt: skip
-        following = groups[0] if groups else 0
+        last = groups[0] if groups else 0
         for slot in islice(self._free_slots(), SLOTS_MAX if lowest else 0):
             for place in (0, 1):
                 page = self._read(self._geometry.leaf_offset(slot, place))
                 if len(page) < BLOCK_SIZE or self._is_later(page):
                     continue
-                likely = sorted(hints.get(slot, ()))
-                group = self._group_of(slot, page, [following, *likely, *groups], likely, known)
+                # A disk that is filled gets its slots in order.
+                likely = [*sorted(hints.get(slot, ())), *range(last, last + 3)]
+                group = self._group_of(slot, page, likely, groups, known)
                 if group is not None:
                     child = Child(self._macs.leaf(group, page), slot, 0, place)
                     found.setdefault(group, {})[child] = page
-                    following = group + 1  # a disk that is filled gets its slots in order
+                    last = group
         return found
 
     def _free_slots(self) -> Iterator[int]:
@@ -196,7 +199,7 @@ class Rebuilder:
         )
 
     def _group_of(
-        self, slot: int, page: bytes, groups: list[int], likely: list[int], known: set[bytes]
+        self, slot: int, page: bytes, likely: list[int], groups: list[int], known: set[bytes]
     ) -> int | None:
         """Return the group of a leaf page: its MAC stands where it should, or a block opens."""
         for group in likely:
@@ -204,22 +207,19 @@ class Rebuilder:
                 return group
         if page == EMPTY_LEAF:
             return None
-        wanted = dict.fromkeys(groups)
         blocks = self._geometry.group_blocks
-        for index in sorted(_present(page, blocks), key=lambda i: _age(page[i * ENTRY_SIZE :]))[
-            :ENTRIES_MAX
-        ]:
-            nonce, tag, _ = ENTRY_PARTS.unpack_from(page, index * ENTRY_SIZE)
-            sealed = bytearray(self._read(self._geometry.block_offset(slot, index)))
-            if len(sealed) < BLOCK_SIZE:
-                continue
-            sealed += bytes(TAG_SIZE)
-            for group in wanted:
+        present = [i for i in range(blocks) if page[i * ENTRY_SIZE + 28]]
+        oldest = sorted(present, key=lambda i: _age(page[i * ENTRY_SIZE :]))[:ENTRIES_MAX]
+        sealed = {i: self._read(self._geometry.block_offset(slot, i)) for i in oldest}
+        for few in (likely, groups):
+            for index, group in product(oldest, few):
                 if self._opens >= OPENS_MAX:
                     return None
                 self._opens += 1
+                nonce, tag, _ = ENTRY_PARTS.unpack_from(page, index * ENTRY_SIZE)
+                content = bytearray(sealed[index].ljust(BLOCK_SIZE + TAG_SIZE, b"\0"))
                 try:
-                    self._open_block(group * blocks + index, sealed, nonce, tag)
+                    self._open_block(group * blocks + index, content, nonce, tag)
                 except BlockDamaged:
                     continue
                 return group
@@ -253,10 +253,11 @@ class Rebuilder:
         for i in range(self._fanout):
             if nodes[0].mac(i) == nodes[1].mac(i):
                 continue
-            pages = [self._child_page(node, i) for node in nodes]
-            if all(pages):
-                child = index * self._fanout + i
-                return self._is_newer(level - 1, child, pages[0], pages[1])
+            page_a, page_b = (self._child_page(node, i) for node in nodes)
+            if page_a and page_b:
+                return self._is_newer(level - 1, index * self._fanout + i, page_a, page_b)
+            if page_a or page_b:
+                return bool(page_a)  # what is old is written over some time, or given back
         return False
 
     def _child_page(self, node: Node, i: int) -> bytes:
@@ -338,10 +339,6 @@ def _node_of(ref: NodeRef, fanout: int, children: Iterable[Child]) -> Node:
             node.slots[i], node.present[i] = child.slot, 1
             node.positions[i], node.places[i] = child.position, child.place
     return node
-
-
-def _present(page: bytes, count: int) -> list[int]:
-    return [i for i in range(count) if page[i * ENTRY_SIZE + 28]]
 
 
 def _age(entry: bytes) -> tuple[int, int]:
