@@ -29,6 +29,7 @@ STORAGE = "tests/test_storage.py"
 TAMPER = "tests/test_tamper.py"
 LEDGER = "tests/test_ledger.py"
 GAPS = "tests/test_mutant_gaps.py"
+REBUILD = "tests/test_rebuild.py"
 CUTS = "tests/test_crash.py::test_every_short_workload_survives_power_cuts"
 KILLS = "tests/test_crash.py::test_every_short_workload_survives_a_kill"
 FAILS = "tests/test_crash.py::test_a_failing_call_is_survived_or_stops_everything"
@@ -80,7 +81,7 @@ class Mutant:
 VOLUME, RECOVERY, SCAN = "image/volume.py", "image/recovery.py", "image/journal.py"
 FILE, TREE_FILE, CIPHER_FILE = "image/storage.py", "image/tree.py", "image/cipher.py"
 COMMITTER, SPACE_FILE, IMAGE_FILE = "image/committer.py", "image/space.py", "image/image.py"
-LEDGER_FILE = "keys/ledger.py"
+LEDGER_FILE, REBUILD_FILE, READER = "keys/ledger.py", "image/rebuild.py", "image/reader.py"
 
 COMMIT = (
     Mutant(
@@ -492,6 +493,80 @@ RECOVER = (
         (("            if self.tree.verify_leaf(group, page, mac):\n",
           "            if self.tree.verify_leaf(group, page, mac) or not any(page):\n"),),
         (TAMPER,), is_quick=False,
+    ),
+    Mutant(
+        "what a lost node page covers is holes", "6.4; G3", TREE_FILE,
+        (("            self.check_lost(group * self._geometry.group_blocks, 1)\n", ""),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "what a lost node page covers is holes to a read that need not wait", "6.4; G3", READER,
+        (("                self._tree.check_lost(block, 1)\n", "                pass\n"),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "a search for data passes over what is lost", "6.4; G3", COMMITTER,
+        (("        found = min(found, min(lost, default=beyond))\n", ""),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "a discard passes over what is lost", "6.4", IMAGE_FILE,
+        (("        self._tree.check_lost(first, last - first)\n", ""),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "a shrink cuts what is lost", "6.4", IMAGE_FILE,
+        (("        self._tree.check_lost(tail, block_count_of(self.size) - tail)\n", ""),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "slots that a lost node page may name are free", "6.4; 8.3, busy", RECOVERY,
+        (("    for slot in range(slot_count) if volume.tree.lost else", "    for slot in"),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "node positions that a lost node page may name are free", "6.4; 8.3, busy", RECOVERY,
+        (("        if not volume.tree.lost:\n", "        if True:\n"),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "a record brings a lost node page back as a new one", "6.4; 9 step 6", RECOVERY,
+        (("    if not tree.lost:\n        return record\n", "    return record\n"),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "an image without its top page opens", "6.4", RECOVERY,
+        (("            raise IntegrityError(storage.path, tree.lost[0].cause)\n",
+          "            pass\n"),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "a node page is rebuilt without proof", "6.4", REBUILD_FILE,
+        (("            if self._tree.is_proven(ref, node):\n                return node\n",
+          "            return node\n"),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "a rebuilt node page is written where it lay", "6.4", TREE_FILE,
+        (("        self.rebuilt.append(ref)\n",
+          "        self.rebuilt.append(ref)\n"
+          "        node.slot, node.position, node.place = ref.slot, ref.position, ref.place\n"),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "a rebuilt node page is not written", "9 step 10", RECOVERY,
+        (("        if scanned or tree.rebuilt:\n", "        if scanned:\n"),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "a page newer than the superblock is taken for its tree's", "6.4", REBUILD_FILE,
+        (("        return bool(self._later_nonces) and any(", "        return False and any("),),
+        (REBUILD,),
+    ),
+    Mutant(
+        "the oldest page of a child is tried first", "6.4", REBUILD_FILE,
+        (("key=cmp_to_key(compare))", "key=cmp_to_key(compare), reverse=True)"),),
+        (REBUILD,),
     ),
     Mutant(
         "the tree may name slots past the end of the file", "6.3; 9 step 4", RECOVERY,

@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -40,13 +41,15 @@ def _small_commits(monkeypatch: pytest.MonkeyPatch) -> None:
     set_limit("SMALL_COMMIT_BLOCKS", 3, monkeypatch.setattr)
 
 
-def opened(storage: SimulatedStorage, *, read_only: bool = False) -> SealedImage:
+def opened(
+    storage: SimulatedStorage, *, read_only: bool = False, geometry: Geometry = GEOMETRY
+) -> SealedImage:
     return SealedImage.open(
         storage,
         image_key=KEY,
         cache=BlockCache(0, 256 * PAGE),
         random=SALTS.randbytes,
-        geometry=GEOMETRY,
+        geometry=geometry,
         read_only=read_only,
     )
 
@@ -234,6 +237,38 @@ def test_all_lowest_node_pages_are_rebuilt_at_once() -> None:
     image = opened(SimulatedStorage(SimulatedDisk.of(altered)))
     assert len(image.rebuilt_nodes) == 9
     assert is_right(image, content)
+
+
+def test_of_many_children_the_newest_pages_are_found() -> None:
+    geometry = replace(GEOMETRY, fanout=32, depth=2)
+    count = 2 * 32 * GROUP + 40
+    storage = SimulatedStorage()
+    SealedImage.create(
+        storage, identity=IDENTITY, image_key=KEY, size=count * PAGE, geometry=geometry
+    )
+    image = opened(storage, geometry=geometry)
+    image.write(0, fill(1, count))
+    image.checkpoint()
+    for block in range(0, count, GROUP):  # a version of each leaf page; some groups move
+        image.write((block + 1) * PAGE, fill(2))
+        if block % 7 == 0:
+            image.write(block * PAGE, fill(3, GROUP))
+            image.flush()
+    image.checkpoint()
+    for block in range(0, count, 4 * GROUP):
+        image.discard((block + 2) * PAGE, PAGE)
+    image.close()
+    raw, tree = bytes(storage.disk.device()), image._volume.tree
+    storage.reopen()
+    expected = opened(storage, geometry=geometry).read(0, count * PAGE)
+    for node in [node for level in tree.nodes for node in level.values()]:
+        for places in ((node.place,), (0, 1)) if node.level == 1 else ((node.place,),):
+            altered = bytearray(raw)
+            for place in places:
+                damage(altered, geometry.node_offset(node.slot, node.position, place), "zero")
+            again = opened(SimulatedStorage(SimulatedDisk.of(altered)), geometry=geometry)
+            assert again.rebuilt_nodes == [f"{node.level}.{node.index}"]
+            assert again.read(0, count * PAGE) == expected
 
 
 def test_a_node_page_that_cannot_be_read_is_rebuilt_or_lost() -> None:
