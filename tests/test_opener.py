@@ -272,3 +272,35 @@ def test_a_copy_of_an_image_in_use_does_not_open(tmp_path: Path) -> None:
         each.image.close()
         each.lock.close()
     opened_by(place.opener, copy).close()
+
+
+def test_damage_of_node_pages_is_logged_when_an_image_is_opened(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(tmp_path)
+    place.make("web1", b"x" * 5000)
+    path = place.images / "web1.sealed"
+
+    def wiped(*, leaf_too: bool) -> str:
+        """Wipe the node page, and the leaf page; return what opening the image logs."""
+        image = opened_by(place.opener, path)
+        tree, geometry = image._volume.tree, image._volume.geometry
+        [node] = tree.nodes[1].values()
+        offsets = [geometry.node_offset(node.slot, node.position, 0)]
+        offsets += [geometry.leaf_offset(tree.slot_of(0), 0)] * leaf_too
+        image.close()
+        with path.open("r+b") as file:
+            for offset in offsets:
+                file.seek(offset)
+                file.write(bytes(8192))
+        caplog.clear()
+        opened_by(place.opener, path).close()
+        [record] = caplog.records
+        return record.getMessage()
+
+    prefix = f'image="{path}" vm="web1" '
+    assert wiped(leaf_too=False) == f"{prefix}node page 1.0 was damaged; rebuilt, nothing is lost"
+    assert wiped(leaf_too=True) == (
+        f"{prefix}bytes 0 to 8191 of the disk are lost: node page 1.0 does not authenticate:"
+        " damaged, or altered outside sealfs"
+    )

@@ -3,6 +3,7 @@
 `version N` and `features N` rewrite both superblocks; `--remac` gives them a right MAC again, with
 the image's key from the state directory, as an attacker who has the key could. `flip OFFSET`
 inverts a byte; `block N` damages the ciphertext of a block of the disk, `zero N` wipes it;
+`node N` and `leaf N` wipe both places of that node page of level 1, or of a group's leaf page;
 `cut SIZE` truncates.
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sealfs.cli import sealed
@@ -18,6 +21,7 @@ from sealfs.image.cipher import Subkeys, mac_of
 from sealfs.image.format import SUPERBLOCK_SIZE
 from sealfs.image.layout import Geometry
 from sealfs.image.recovery import read_identity
+from sealfs.image.volume import Volume
 from sealfs.keys.service import KeyService
 
 VERSION_AT, FEATURES_AT = 8, 12  # FORMAT.md 4.1
@@ -26,7 +30,8 @@ VERSION_AT, FEATURES_AT = 8, 12  # FORMAT.md 4.1
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("image", type=Path)
-    parser.add_argument("way", choices=["version", "features", "flip", "block", "zero", "cut"])
+    ways = ["version", "features", "flip", "block", "zero", "node", "leaf", "cut"]
+    parser.add_argument("way", choices=ways)
     parser.add_argument("argument", type=int)
     parser.add_argument("--remac", action="store_true")
     chosen = parser.parse_args()
@@ -42,6 +47,9 @@ def main() -> None:
             flip(fd, place_of_block(chosen.image, chosen.argument))
         case "zero":
             os.pwrite(fd, bytes(4096), place_of_block(chosen.image, chosen.argument))
+        case "node" | "leaf":
+            offset = place_of_page(chosen.image, chosen.argument, is_node=chosen.way == "node")
+            os.pwrite(fd, bytes(8192), offset)
         case "cut":
             os.ftruncate(fd, chosen.argument)
 
@@ -82,6 +90,21 @@ class image_keys:
 
 
 def place_of_block(path: Path, block: int) -> int:
+    with opened(path) as volume:
+        group, index = divmod(block, volume.geometry.group_blocks)
+        return volume.geometry.block_offset(volume.tree.slot_of(group), index)
+
+
+def place_of_page(path: Path, index: int, *, is_node: bool) -> int:
+    with opened(path) as volume:
+        if not is_node:
+            return volume.geometry.leaf_offset(volume.tree.slot_of(index), 0)
+        node = volume.tree.nodes[1][index]
+        return volume.geometry.node_offset(node.slot, node.position, 0)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Volume]:
     storage = sealed.peek_storage(path)
     identity = read_identity(storage)
     with (
@@ -89,11 +112,8 @@ def place_of_block(path: Path, block: int) -> int:
         keys.unseal(identity.kmi, identity.vm_id) as vm_key,
     ):
         image = sealed.open_with(storage, identity, vm_key, None)
-    volume = image._volume
-    group, index = divmod(block, volume.geometry.group_blocks)
-    offset = volume.geometry.block_offset(volume.tree.slot_of(group), index)
+    yield image._volume
     image.abandon()
-    return offset
 
 
 if __name__ == "__main__":
