@@ -428,6 +428,41 @@ def test_a_crash_in_the_checkpoint_after_a_rebuild_is_recovered(
         assert opened(again).rebuilt_nodes == []
 
 
+def test_pages_of_a_recovery_that_was_cut_off_are_not_taken() -> None:
+    geometry = replace(GEOMETRY, fanout=32, depth=2, journal_pages=120)
+    count = 32 * GROUP
+    storage = SimulatedStorage()
+    SealedImage.create(
+        storage, identity=IDENTITY, image_key=KEY, size=count * PAGE, geometry=geometry
+    )
+    image = opened(storage, geometry=geometry)
+    image.write(0, fill(1, count))
+    image.checkpoint()
+    for block in range(0, count, GROUP):
+        image.write(block * PAGE, fill(2))
+    image.flush()
+    expected = image.read(0, count * PAGE)
+    image.abandon()
+    storage.reopen()
+    disks: list[SimulatedDisk] = []
+
+    def on_point(_: str) -> None:
+        disks.append(SimulatedDisk.of(storage.disk.device()))
+
+    storage.on_point = on_point
+    opened(storage, geometry=geometry)
+    assert len(disks) > 30
+    for disk in disks[::4] + disks[-6:]:
+        before = opened(SimulatedStorage(disk), read_only=True, geometry=geometry)
+        node = before._volume.tree.nodes[1][0]
+        altered = bytearray(disk.durable)
+        for place in (0, 1):
+            damage(altered, geometry.node_offset(node.slot, node.position, place), "zero")
+        again = opened(SimulatedStorage(SimulatedDisk.of(altered)), geometry=geometry)
+        assert again.rebuilt_nodes == ["1.0"]
+        assert again.read(0, count * PAGE) == expected
+
+
 # -- lost
 
 
@@ -463,6 +498,7 @@ def test_a_lost_node_page_costs_what_it_covers_and_for_good(node: Node, crashed:
     assert not report.refused
     assert any(f"node {node[0]}/{node[1]} does not auth" in error for error in report.errors)
     image = opened(storage)
+    assert image._volume.allocator.free_node_count == 0
     before = bytes(storage.disk.device())
     busy = _busy_slots(image)
     written: list[int] = []
