@@ -31,7 +31,12 @@ def test_a_flipped_bit_is_noticed_or_does_not_matter(which: Map) -> None:
         for part in which.parts(page):
             bits = one_bit_of_each(rng, part, STRIDES[which.name][part.kind])
             outcomes[part.kind] += flip(which, part, bits)
-    assert min(outcomes["field"][name] for name in ("right", "damaged", "refused")) >= 40
+    assert min(outcomes["field"][name] for name in ("right", "damaged")) >= 40
+    if which.name == "journal":
+        assert outcomes["field"]["refused"] >= 40
+    else:
+        # Each structure stands twice, or is rebuilt, or is a leaf page and costs its group.
+        assert outcomes["field"]["refused"] == 0
     assert outcomes["rest"]["damaged"] > 0, "the padding of a leaf page is authenticated"
 
 
