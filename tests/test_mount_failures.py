@@ -249,6 +249,29 @@ def test_a_daemon_that_slept_while_another_wrote_stops_at_the_fence(
     image.close()
 
 
+def test_opening_again_and_again_keeps_no_memory(source: Path) -> None:
+    """Each open reads a journal of 16 MiB; what it took goes back to the system."""
+    with mounted(source, source.parent / "mnt") as mount:
+        (mount.mountpoint / "made.raw").write_bytes(bytes(100_000))
+        (control,) = mount.run_dir.glob("*.sock")
+
+        def resident() -> int:
+            (line,) = (
+                line
+                for line in Path(f"/proc/{mount.process.pid}/status").read_text().splitlines()
+                if line.startswith("VmRSS:")
+            )
+            return int(line.split()[1]) << 10
+
+        sizes = []
+        for _ in range(40):
+            with open(mount.mountpoint / "made.raw", "rb") as file:
+                file.read(1)
+            call(control, "close")
+            sizes.append(resident())
+        assert sizes[-1] < sizes[4] + (32 << 20), sizes
+
+
 def test_unmount_returns_when_the_images_are_clean(source: Path) -> None:
     with mounted(source, source.parent / "mnt") as mount:
         data = os.urandom(4 << 20)

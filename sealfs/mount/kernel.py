@@ -33,6 +33,9 @@ _MS_NOATIME = 1024
 _MNT_DETACH = 2
 _HOLDERS_MAX = 20  # processes named in a message
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+_LARGE = 4 << 20  # bytes; the buffers of requests are smaller, and stay in the heap
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
@@ -198,6 +201,18 @@ def _kernel_options(options: MountOptions) -> list[str]:
         "default_permissions": options.default_permissions,
     }
     return [name for name, is_on in chosen.items() if is_on]
+
+
+def give_back_memory() -> None:
+    """Have the allocator give large buffers back to the system when they are freed.
+
+    By default glibc keeps what was freed for the thread that had it, also the 16 MiB of a journal
+    that each worker reads once. A C library without mallopt is left as it is.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
 
 
 def raise_read_ahead(mountpoint: Path) -> None:

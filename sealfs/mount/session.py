@@ -301,6 +301,7 @@ def serve_mount(
     ready: Callable[[], None],
 ) -> int:
     """Mount and serve in this process until the mount ends; return the exit status."""
+    kernel.give_back_memory()
     # Held open, so that its file system is not unmounted from under us by mistake: new images
     # would then be made in the directory that was mounted over.
     source_fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
