@@ -24,6 +24,7 @@ README = (ROOT / "README.md").read_text()
 TRANSCRIPT = ROOT / "tests" / "cli" / "21-errors.txt"
 
 NOT_FROM_A_COMMAND = {
+    **dict.fromkeys(("PinNeeded", "WrongPin", "LockedOut"), "no command takes a PIN yet"),
     "KeyServiceError": "its own sentence is for a key service used after a fork; no command does",
 }
 """Rows that no transcript can end with, and why."""

@@ -11,24 +11,27 @@ TPM works. Never abandon a call on cancellation.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sealfs.keys.tpm_context import Bridge, TpmContext, open_esapi  # isort: skip  # TSS2_LOG first
 from tpm2_pytss import ESYS_TR, TSS2_Exception
-from tpm2_pytss.constants import TPM2_CAP, TPM2_SE, TPM2_SU
+from tpm2_pytss.constants import TPM2_CAP, TPM2_EO, TPM2_SE, TPM2_SU
 from tpm2_pytss.types import (
     TPM2_HANDLE,
+    TPM2B_OPERAND,
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
     TPMS_SENSITIVE_CREATE,
 )
 
-from sealfs.errors import KeyRefused, TpmUnavailable, UsageError
-from sealfs.keys import tpm_errors, tpm_templates
+from sealfs.errors import KeyRefused, LockedOut, TpmUnavailable, UsageError, WrongPin
+from sealfs.keys import policy, tpm_errors, tpm_templates
 from sealfs.keys.hostrecord import NAME_SIZE, SealedObject, StorageKeyKind, StorageKeyPin
+from sealfs.keys.signed import SignedPolicy
 from sealfs.keys.swtpm import Channel
 from sealfs.keys.tpm_errors import Act
 
@@ -46,6 +49,16 @@ class Lockout:
     failures: int
     failures_max: int
     recovery_s: int
+
+    @property
+    def tries_left(self) -> int | None:
+        """How many wrong PINs are let through, None where nobody counts.
+
+        The one that would lock the TPM is never tried: it may hold other programs' keys too.
+        """
+        if not self.recovery_s:
+            return None  # TPM 2.0 Part 3 TPM2_DictionaryAttackParameters: 0 is no protection
+        return 0 if self.locked else max(0, self.failures_max - 1 - self.failures)
 
 
 @contextlib.contextmanager
@@ -213,12 +226,26 @@ class Tpm(TpmContext):
 
     # Secrets
 
-    def seal(self, payload: bytes | bytearray, *, policy_digest: bytes = b"") -> SealedObject:
-        """Seal at most 128 bytes under the storage key (TPM 2.0 Part 3 TPM2_Create)."""
+    def seal(
+        self,
+        payload: bytes | bytearray,
+        *,
+        policy_digest: bytes = b"",
+        pin: bytes | bytearray = b"",
+    ) -> SealedObject:
+        """Seal at most 128 bytes under the storage key (TPM 2.0 Part 3 TPM2_Create).
+
+        Args:
+            payload: What is sealed.
+            policy_digest: What it opens by, nothing for an object without a policy.
+            pin: Its authValue, where the policy asks for one.
+        """
         if not 1 <= len(payload) <= SEALED_SIZE_MAX:
             raise ValueError(f"cannot seal {len(payload)} bytes")
-        template = tpm_templates.sealed_template(policy_digest)
-        sensitive = TPM2B_SENSITIVE_CREATE(TPMS_SENSITIVE_CREATE(userAuth=b"", data=bytes(payload)))
+        template = tpm_templates.sealed_template(policy_digest, has_pin=bool(pin))
+        sensitive = TPM2B_SENSITIVE_CREATE(
+            TPMS_SENSITIVE_CREATE(userAuth=bytes(pin), data=bytes(payload))
+        )
 
         def work() -> SealedObject:
             with self._session(TPM2_SE.HMAC) as session:
@@ -230,16 +257,30 @@ class Tpm(TpmContext):
         return self._run(Act.SEAL, work)
 
     def unseal(
-        self, sealed: SealedObject, *, pcrs: Sequence[int] = (), subject: object = None
+        self,
+        sealed: SealedObject,
+        *,
+        pcrs: Sequence[int] = (),
+        pin: bytes | bytearray = b"",
+        approval: SignedPolicy | None = None,
+        nv_auth: bytes | bytearray = b"",
+        subject: object = None,
     ) -> bytearray:
         """Return the payload of a sealed object (TPM2_Load, TPM2_Unseal).
+
+        With a PIN at most one try is made, and none that would lock the TPM if it were wrong.
 
         Args:
             sealed: As `seal` returned it.
             pcrs: The PCRs of its policy, none for an object without one.
+            pin: Its authValue, where its policy asks for one.
+            approval: A signed policy, where its policy asks for one.
+            nv_auth: The authorisation of the counter that limits `approval`.
             subject: Whose key it is, for messages.
 
         Raises:
+            WrongPin: with the tries that are left.
+            LockedOut: no PIN is tried now.
             KeyRefused: the PCRs are not those it was sealed to, or another TPM sealed it.
             KeyRecordDamaged: the object was altered.
         """
@@ -256,16 +297,68 @@ class Tpm(TpmContext):
                 )
 
         def work() -> bytearray:
-            kind = TPM2_SE.POLICY if pcrs else TPM2_SE.HMAC
+            kind = TPM2_SE.POLICY if pcrs or pin or approval else TPM2_SE.HMAC
             with self._loaded(handle), self._session(kind) as session:
+                # In the order of `policy.slot_policy`.
+                if approval is not None:
+                    self._approve(session, approval, nv_auth)
                 if pcrs:
                     # An empty digest: the TPM takes its present values.
                     self._plain("policy_pcr", session, b"", tpm_templates.pcr_selection(pcrs))
+                if pin:
+                    # Not PolicyPassword: that sends the PIN itself, this proves it by an HMAC.
+                    self._plain("tr_set_auth", handle, bytes(pin))
+                    self._plain("policy_auth_value", session)
                 data = self._secret(session, "unseal", handle)
                 return bytearray(bytes(data))
 
+        if pin:
+            self._check_tries(about)
         handle = self._run(Act.LOAD, load, about)
-        return self._run(Act.UNSEAL, work, about)
+        try:
+            return self._run(Act.PIN if pin else Act.UNSEAL, work, about)
+        except WrongPin:
+            raise WrongPin(about, self.lockout().tries_left) from None
+
+    def _approve(self, session: Any, approval: SignedPolicy, nv_auth: bytes | bytearray) -> None:
+        """Bring a policy session from a signed policy to PolicyAuthorize's digest.
+
+        TPM 2.0 Part 3: TPM2_PolicyPCR, TPM2_PolicyNV, TPM2_LoadExternal, TPM2_VerifySignature,
+        TPM2_PolicyAuthorize.
+        """
+        self._plain("policy_pcr", session, b"", tpm_templates.pcr_selection(approval.pcrs))
+        limit = approval.limit
+        if limit is not None:
+            operand = TPM2B_OPERAND(limit.value.to_bytes(policy.COUNTER_SIZE, "big"))
+            with self._counter(limit.index, nv_auth) as counter, self._session(TPM2_SE.HMAC) as own:
+                self._secret(
+                    own, "policy_nv", counter, counter, session, operand, TPM2_EO.UNSIGNED_LE
+                )
+        # A ticket of the owner hierarchy: PolicyAuthorize takes none of the null hierarchy.
+        public = tpm_templates.signer_public(approval.signer)
+        signer = self._plain("load_external", public, None, ESYS_TR.OWNER)
+        with self._loaded(signer):
+            digest = hashlib.sha256(approval.approved + approval.policy_ref).digest()
+            signature = tpm_templates.signature_of(approval.signature)
+            ticket = self._plain("verify_signature", signer, digest, signature)
+        self._plain(
+            "policy_authorize",
+            session,
+            approval.approved,
+            policy.name_of(approval.signer),
+            ticket,
+            approval.policy_ref,
+        )
+
+    def _check_tries(self, subject: object) -> None:
+        state = self.lockout()
+        if state.tries_left == 0:
+            raise LockedOut(
+                subject,
+                f"no PIN is tried now: {state.failures} of {state.failures_max} wrong ones are "
+                "counted, and the last would lock the TPM; one is forgiven each "
+                f"{state.recovery_s} s",
+            )
 
     def random(self, size: int) -> bytes:
         """Return random bytes of the TPM, encrypted on the way (TPM2_GetRandom)."""
@@ -329,11 +422,40 @@ class Tpm(TpmContext):
 
         return self._run(Act.READ, work)
 
+    def stop_counting(self) -> None:
+        """Have the TPM count no wrong PINs (TPM2_DictionaryAttackParameters).
+
+        For the embedded TPM: it runs for moments only, so that its clock would never forgive one;
+        and whoever has its state can try there as often as he likes.
+        """
+
+        def work() -> None:
+            with self._session(TPM2_SE.HMAC) as session:
+                self._secret(session, "dictionary_attack_parameters", 32, 0, 0)
+
+        if self.lockout().recovery_s:
+            self._run(Act.PROVISION, work)
+
     # NV counter
 
-    def counter_define(self, index: int, auth: bytes | bytearray) -> bool:
+    def counter_name(self, index: int) -> bytes | None:
+        """Return the Name of an NV index, computed here; None where there is none."""
+
+        def work() -> bytes | None:
+            if not self._has_handle(index):
+                return None
+            handle = self._plain("tr_from_tpmpublic", TPM2_HANDLE(index))
+            try:
+                public, _ = self._plain("nv_read_public", handle)
+            finally:
+                self._plain("tr_close", handle)
+            return policy.name_of(bytes(public.nvPublic.marshal()))
+
+        return self._run(Act.COUNTER, work)
+
+    def counter_define(self, index: int, auth: bytes | bytearray, label: bytes = b"") -> bool:
         """Define a counter and make its first increment; False when the index is taken."""
-        public = tpm_templates.counter_public(index)
+        public = tpm_templates.counter_public(index, label)
 
         def work() -> bool:
             with self._session(TPM2_SE.HMAC) as session:

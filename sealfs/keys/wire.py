@@ -63,12 +63,16 @@ class Reader:
             raise FormatError(self.subject, f"this is not a {what}")
         self._position = len(expected)
 
-    def version(self, supported: int, what: str) -> None:
+    def version(self, supported: int, what: str, *, oldest: int | None = None) -> int:
+        """Return the version: `supported`, or one from `oldest` on where older ones are read."""
         found = self.number(2)
-        if found != supported:
+        first = supported if oldest is None else oldest
+        if not first <= found <= supported:
+            reads = f"{supported}" if first == supported else f"{first} to {supported}"
             raise FormatError(
-                self.subject, f"{what} has format version {found}, this sealfs reads {supported}"
+                self.subject, f"{what} has format version {found}, this sealfs reads {reads}"
             )
+        return found
 
     def take(self, size: int) -> bytes:
         end = self._position + size
