@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import os
+from pathlib import Path
 
 import keys_support as ks
 import pytest
@@ -13,9 +15,23 @@ from tpm2_pytss import ESYS_TR
 from tpm2_pytss.constants import TPM2_ALG, TPM2_EO, TPM2_SE, TPMA_OBJECT
 from tpm2_pytss.types import TPM2B_OPERAND, TPM2B_PUBLIC
 
-from sealfs.errors import KeyRecordDamaged, KeyRefused, LockedOut, WrongPin
-from sealfs.keys import labels, policy, signed, tpm_templates
+from sealfs.errors import (
+    FormatError,
+    KeyNotFound,
+    KeyRecordDamaged,
+    KeyRefused,
+    LockedOut,
+    NoSpace,
+    PinNeeded,
+    UsageError,
+    WrongPin,
+)
+from sealfs.keys import labels, policy, signed, statedir, tpm_templates
 from sealfs.keys.hostrecord import NV_INDEX_FIRST
+from sealfs.keys.pin import authorisation, pin_of
+from sealfs.keys.protection import Protection
+from sealfs.keys.records import KeyRecord, binding
+from sealfs.keys.service import KeyService
 from sealfs.keys.signed import Limit, SignedPolicy
 from sealfs.keys.tpm import open_tpm
 
@@ -276,3 +292,351 @@ def test_no_pin_and_no_authorisation_travels_in_clear(tmp_path):
     for part in (PIN, PIN[:16], NV_AUTH, NV_AUTH[:16], b"secret"):
         assert not any(part in message for message in log)
     assert any(approval.approved in message for message in log), "the tap sees what is public"
+
+
+# The key service
+
+
+@pytest.fixture
+def state(tmp_path) -> Path:
+    ks.initialised_state(tmp_path / "state")
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def service(state) -> KeyService:
+    return KeyService.open(state)
+
+
+@pytest.fixture
+def host(standing, tpm, tmp_path):
+    """Return a key service whose TPM stays up, and counts wrong PINs."""
+    ks.fresh_state(tmp_path / "state", tpm=standing.spec)
+    return KeyService.open(tmp_path / "state")
+
+
+def pin(text: str = "2468") -> bytearray:
+    return pin_of(text)
+
+
+def add_policy(service, key=SIGNER, *, pcrs=(16, 23), limit=None) -> str:
+    made = signed.sign(key, pcrs, service.pcr_values(pcrs), limit)
+    return service.policies.add(made.encode(), "policy")
+
+
+def signer(key=SIGNER) -> bytes:
+    return signed.signer_of(key.public_key())
+
+
+def policies_of(service, vm_id="web1") -> list[str]:
+    info = next(info for info in service.records() if info.vm_id == vm_id)
+    return [slot.policy for slot in info.slots if slot.kind == "tpm"]
+
+
+def test_a_key_with_a_pin_opens_with_it_only(host):
+    key = ks.key_bytes(host.create("web1", pin=pin()))
+    assert policies_of(host) == ["pin"]
+    assert ks.key_bytes(host.unseal("web1", "web1", pin=pin())) == key
+    assert ks.key_bytes(host.ensure("web1", pin=pin())) == key
+    for ask in (host.unseal, lambda kmi, vm_id: host.ensure(vm_id)):
+        with pytest.raises(PinNeeded):
+            ask("web1", "web1")
+    with pytest.raises(WrongPin, match="1 try is left"):
+        host.unseal("web1", "web1", pin=pin("1357"))
+    trial = host.test("web1")
+    assert [slot.opens for slot in trial] == [None, None]
+    assert "1 of 3 failures" in trial[0].lockout
+    assert [slot.opens for slot in host.test("web1", pin=pin())] == [True, None]
+    # One PIN for two VMs is two authorisations.
+    host.create("web2", pin=pin()).wipe()
+    objects = [r.tpm_slots[0].sealed for r in map(host._vault.read_known, ("web1", "web2"))]
+    with (
+        host._host.tpm() as opened,
+        authorisation(pin(), binding("web1", "web1")) as auth,
+        pytest.raises(WrongPin),
+    ):
+        opened.unseal(objects[1], pin=auth)
+
+
+def test_what_needs_a_pin_is_refused_without_asking_the_tpm(state):
+    service = KeyService.open(state)
+    service.create("web1", pin=pin()).wipe()
+    log: list[bytes] = []
+    tapped = ks.wrapped_service(state, lambda channel: ks.Tap(channel, log))
+    with pytest.raises(PinNeeded):
+        tapped.unseal("web1", "web1")
+    assert log == []
+
+
+def test_an_unlocked_vm_opens_without_its_pin_until_it_is_locked(state):
+    log: list[bytes] = []
+    service = ks.wrapped_service(state, lambda channel: ks.Tap(channel, log))
+    with service.create("web1", pin=pin()) as key:
+        wrapped = key.wrap_image_key(bytes(16), b"I" * 32)
+    with pytest.raises(PinNeeded):
+        service.image_key("web1", "web1", bytes(16), wrapped)
+    with pytest.raises(WrongPin):
+        service.unlock("web1", pin("1357"))
+    assert service.unlocked() == []
+    service.unlock("web1", pin())
+    service.unlock("web1", pin())
+    assert service.unlocked() == ["web1"]
+    log.clear()
+    assert service.image_key("web1", "web1", bytes(16), wrapped) == b"I" * 32
+    assert log == [], "the TPM was asked again"
+    new = service.new_image_key("web1", b"u" * 16)
+    assert service.image_key("web1", "web1", b"u" * 16, new.wrapped) == new.key
+    with pytest.raises(KeyRefused, match="is the key of VM"):
+        service.image_key("web1", "web2", bytes(16), wrapped)
+    kept = service._unlocked._keys["web1"]
+    assert service.lock("web1")
+    assert not service.lock("web1")
+    assert not any(kept._key)
+    with pytest.raises(PinNeeded):
+        service.image_key("web1", "web1", bytes(16), wrapped)
+    service.unlock("web1", pin())
+    kept = service._unlocked._keys["web1"]
+    service.close()
+    assert not any(kept._key)
+    with pytest.raises(PinNeeded):
+        service.new_image_key("web1", b"v" * 16)
+
+
+def test_a_kept_key_is_of_no_use_for_a_record_that_changed_its_key(state, service):
+    service.create("web1", pin=pin()).wipe()
+    service.unlock("web1", pin())
+    record = ks.record_files(state)[0]
+    raw = record.read_bytes()
+    record.unlink()
+    with pytest.raises(KeyNotFound):
+        service.unseal("web1", "web1")
+    KeyService.open(state).create("web1", pin=pin("1357")).wipe()
+    with pytest.raises(PinNeeded):
+        service.unseal("web1", "web1")
+    record.write_bytes(raw)
+    service.unseal("web1", "web1").wipe()
+    # Another policy for the same key changes nothing.
+    service.reseal("web1", Protection(pin=pin("1357")), pin=pin())
+    service.unseal("web1", "web1").wipe()
+
+
+def test_wrong_pins_on_the_embedded_tpm_lock_nothing(service):
+    service.create("web1", pin=pin()).wipe()
+    for _ in range(5):
+        with pytest.raises(WrongPin) as caught:
+            service.unseal("web1", "web1", pin=pin("1357"))
+        assert caught.value.tries_left is None
+    service.unseal("web1", "web1", pin=pin()).wipe()
+
+
+def test_a_signed_policy_must_be_there_before_a_key_is_tied_to_its_signer(standing, host):
+    with pytest.raises(KeyRefused, match="none was added"):
+        host.create("web1", signer=signer())
+    assert host.records() == []
+    first = add_policy(host)
+    assert add_policy(host, KEYS["RSA-2048"]) != first
+    assert len(host.policies.reports()) == 2
+    key = ks.key_bytes(host.create("web1", signer=signer(), pin=pin()))
+    assert policies_of(host) == ["pin+signed"]
+    assert ks.key_bytes(host.unseal("web1", "web1", pin=pin())) == key
+    with standing.esapi() as esapi:
+        ks.extend(esapi, 23)
+    with pytest.raises(KeyRefused, match=f"{first[:8]}: PCR 23 is not as it signs"):
+        host.unseal("web1", "web1", pin=pin())
+    add_policy(host, KEYS["RSA-2048"])
+    with pytest.raises(KeyRefused, match="fits this host"):
+        host.unseal("web1", "web1", pin=pin())
+    add_policy(host)
+    assert ks.key_bytes(host.unseal("web1", "web1", pin=pin())) == key
+    assert host.test("web1", pin=pin())[0].opens
+    problems = [report.problem for report in host.policies.reports()]
+    assert problems.count(None) == 2
+    assert problems.count("PCR 23 is not as it signs") == 2
+
+
+def test_revocation_ends_what_was_signed_up_to_then(host):
+    assert host.policies.made_counter() == host.policies.made_counter()
+    limit = host.policies.made_counter()
+    old = add_policy(host, limit=limit)
+    forever = add_policy(host, KEYS["RSA-2048"])
+    elsewhere = add_policy(host, limit=dataclasses.replace(limit, label=b"x" * 32))
+    key = ks.key_bytes(host.create("web1", signer=signer()))
+    raw = (host.state_path / "policies" / f"{old}.policy").read_bytes()
+    done = host.policies.revoke()
+    assert (done.value, done.ended, done.unlimited) == (limit.value + 1, (old,), (forever,))
+    with pytest.raises(KeyRefused, match="is for another host"):
+        host.unseal("web1", "web1")
+    # Put back, it opens nothing.
+    assert host.policies.add(raw, "old") == old
+    with pytest.raises(KeyRefused, match="was revoked: it held until"):
+        host.unseal("web1", "web1")
+    assert host.test("web1")[0].opens is False
+    add_policy(host, limit=dataclasses.replace(limit, value=limit.value + 1))
+    assert ks.key_bytes(host.unseal("web1", "web1")) == key
+    assert {report.id: report.problem for report in host.policies.reports()}[
+        elsewhere
+    ] == "is for another host"
+
+
+def test_a_bad_policy_file_is_not_taken_and_one_put_there_opens_nothing(state, service, caplog):
+    good = signed.sign(SIGNER, (16,), service.pcr_values((16,)), None)
+    for wrong, kind in (
+        (b"rubbish", FormatError),
+        (good.encode()[:-1], KeyRecordDamaged),
+        (dataclasses.replace(good, policy_ref=b"x").encode(), KeyRecordDamaged),
+    ):
+        with pytest.raises(kind):
+            service.policies.add(wrong, "file")
+    assert not (state / "policies").exists()
+    service.policies.add(good.encode(), "file")
+    service.create("web1", signer=signer()).wipe()
+    (state / "policies/bad.policy").write_bytes(b"rubbish")
+    service.unseal("web1", "web1").wipe()
+    assert "skipping a signed policy" in caplog.text
+    assert (state / "policies").stat().st_mode & 0o777 == 0o700
+    for number in range(100):
+        (state / f"policies/{number}.policy").write_bytes(b"")
+    with pytest.raises(NoSpace):
+        service.policies.add(signed.sign(SIGNER, (0,), (bytes(32),), None).encode(), "file")
+
+
+# Reseal
+
+
+@pytest.mark.parametrize(
+    ("wanted", "word"),
+    [
+        (lambda: Protection(), "none"),
+        (lambda: Protection(pcrs=(16,)), "pcrs"),
+        (lambda: Protection(pin=pin("1357")), "pin"),
+        (lambda: Protection(pcrs=(16,), pin=pin("1357")), "pcrs+pin"),
+        (lambda: Protection(signer=signer()), "signed"),
+        (lambda: Protection((16,), pin("1357"), signer()), "pcrs+pin+signed"),
+    ],
+)
+def test_reseal_gives_the_same_key_another_policy(service, wanted, word):
+    add_policy(service)
+    key = ks.key_bytes(service.create("web1", pin=pin()))
+    with pytest.raises(PinNeeded):
+        service.reseal("web1", wanted())
+    with pytest.raises(WrongPin):
+        service.reseal("web1", wanted(), pin=pin("9999"))
+    service.reseal("web1", wanted(), pin=pin())
+    assert policies_of(service) == [word]
+    given = pin("1357") if "pin" in word else None
+    assert ks.key_bytes(service.unseal("web1", "web1", pin=given)) == key
+    with pytest.raises(KeyNotFound):
+        service.reseal("web9", wanted())
+
+
+def test_slots_side_by_side_are_tried_without_burning_pins(standing, host):
+    key = ks.key_bytes(host.create("web1", pin=pin()))
+    host.reseal("web1", Protection(pcrs=(23,)), pin=pin(), keep=True)
+    host.reseal("web1", Protection(pin=pin("1357")), keep=True)
+    assert policies_of(host) == ["pin", "pcrs", "pin"]
+    for given in (None, pin(), pin("1357"), pin("9999")):
+        assert ks.key_bytes(host.unseal("web1", "web1", pin=given)) == key
+    with host._host.tpm() as opened:
+        assert opened.lockout().failures == 0, "a PIN was tried where none was needed"
+    with standing.esapi() as esapi:
+        ks.extend(esapi, 23)
+    with pytest.raises(PinNeeded):
+        host.unseal("web1", "web1")
+    assert ks.key_bytes(host.unseal("web1", "web1", pin=pin("1357"))) == key
+    # The older PIN: the newer slot is asked first, once.
+    assert ks.key_bytes(host.unseal("web1", "web1", pin=pin())) == key
+    with host._host.tpm() as opened:
+        assert opened.lockout().failures == 1
+    host.reseal("web1", Protection(), pin=pin("1357"), keep=True)
+    with pytest.raises(UsageError, match="4 tpm slots"):
+        host.reseal("web1", Protection(), keep=True)
+    host.reseal("web1", Protection(pcrs=(16,)))
+    assert policies_of(host) == ["pcrs"]
+
+
+def test_a_reseal_that_cannot_be_proved_changes_nothing(standing, host):
+    add_policy(host)
+    host.create("web1").wipe()
+    record = ks.record_files(host.state_path)[0]
+    before = record.read_bytes()
+    with standing.esapi() as esapi:
+        ks.extend(esapi, 16)
+    with pytest.raises(KeyRefused):
+        host.reseal("web1", Protection(signer=signer()))
+    assert record.read_bytes() == before
+
+
+def test_a_record_of_version_1_opens_and_is_resealed_as_version_2(state, service):
+    key = ks.key_bytes(service.create("web1"))
+    file = ks.record_files(state)[0]
+    with service.unseal("web1", "web1") as vm_key, vm_key.record_mac_key() as mac_key:
+        record = KeyRecord.decode(file.read_bytes(), "x")
+        old = dataclasses.replace(record, version=1).with_mac(mac_key)
+    file.write_bytes(old.encode())
+    assert ks.key_bytes(service.unseal("web1", "web1")) == key
+    service.reseal("web1", Protection(pcrs=(16,)))
+    assert KeyRecord.decode(file.read_bytes(), "x").version == 2
+    assert ks.key_bytes(service.unseal("web1", "web1")) == key
+
+
+class Killed(BaseException):
+    """The process died."""
+
+
+class DyingOs:
+    """The os module as the state directory sees it; dies after its n-th call that writes."""
+
+    def __init__(self, left: int) -> None:
+        self._left = left
+
+    def __getattr__(self, name: str):
+        call = getattr(os, name)
+        if name not in ("write", "fsync", "replace", "pwrite", "fdatasync", "ftruncate"):
+            return call
+
+        def writes(*arguments):
+            result = call(*arguments)
+            self._left -= 1
+            if self._left == 0:
+                raise Killed
+            return result
+
+        return writes
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_reseal_killed_after_any_write_leaves_a_key_that_opens(state, monkeypatch, keep):
+    key = ks.key_bytes(KeyService.open(state).create("web1", pin=pin()))
+    prepared = ks.record_files(state)[0].read_bytes()
+    seen = set()
+    for count in itertools.count(1):
+        ks.record_files(state)[0].write_bytes(prepared)
+        service = KeyService.open(state)
+        monkeypatch.setattr(statedir, "os", DyingOs(count))
+        try:
+            service.reseal("web1", Protection(pcrs=(16,)), pin=pin(), keep=keep)
+            is_done = True
+        except Killed:
+            is_done = False
+        monkeypatch.setattr(statedir, "os", os)
+        found = tuple(policies_of(service))
+        seen.add(found)
+        given = pin() if found[0] == "pin" else None
+        assert ks.key_bytes(KeyService.open(state).unseal("web1", "web1", pin=given)) == key
+        if is_done:
+            break
+        # The next one finishes what this one began.
+        KeyService.open(state).reseal("web1", Protection(pcrs=(16,)), pin=pin())
+        assert policies_of(service) == ["pcrs"]
+    assert count > (4 if keep else 8), "every write was the last one"
+    assert seen == {("pin",), ("pin", "pcrs")} | (set() if keep else {("pcrs",)})
+
+
+def test_recover_gives_back_a_key_whose_pin_is_forgotten(state, tmp_path, caplog):
+    report = ks.fresh_state(tmp_path / "own")
+    service = KeyService.open(tmp_path / "own")
+    key = service.create("web1", pcrs=(16,), pin=pin())
+    with service.recover("web1", "web1", key.recovery_slots, report.recovery_key) as found:
+        assert ks.key_bytes(found) == ks.key_bytes(key)
+    assert policies_of(service) == ["pcrs"]
+    assert "opens without pin now" in caplog.text

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import Final, Self
@@ -200,6 +201,12 @@ class KeyRecord:
     def is_authentic(self, mac_key: bytes | bytearray) -> bool:
         """Whether the MAC fits."""
         return hmac.compare_digest(self.mac, hmac.digest(mac_key, self._body(), "sha256"))
+
+
+def opening_order(slots: Sequence[TpmSlot]) -> list[TpmSlot]:
+    """Return slots in the order to try them: newest first, those that take a PIN last."""
+    newest_first = slots[::-1]
+    return sorted(newest_first, key=lambda slot: bool(slot.policy & PolicyKind.PIN))
 
 
 def binding(vm_id: str, kmi: str) -> bytes:
