@@ -82,6 +82,7 @@ class TinyKeys:
 
     def __init__(self, state: Path) -> None:
         self._state = state
+        self._pins: dict[str, bytes] = {}
         kept = self._kept = StateDir.create(state)
         self.registry = Registry(kept, bytes(16), _lend_key)
         self.ledger = Ledger(
@@ -113,6 +114,19 @@ class TinyKeys:
 
     def lock_image(self, subject: object, uuid: bytes, *, shared: bool) -> ImageLock:
         return self._kept.lock_image(subject, uuid, shared=shared)
+
+    def unlock(self, vm_id: str, pin: bytearray) -> None:
+        self._pins[vm_id] = bytes(pin)
+
+    def lock(self, vm_id: str) -> bool:
+        return self._pins.pop(vm_id, None) is not None
+
+    def unlocked(self) -> list[str]:
+        return list(self._pins)
+
+    @property
+    def state_path(self) -> Path:
+        return self._state.resolve()
 
 
 def seal_new(state: Path, path: Path, *, vm_id: str, size: int) -> None:
@@ -203,9 +217,17 @@ class FakeImage:
         return {"size": self.size}
 
 
+class FakeKeys:
+    state_path = Path("/nonexistent")
+
+    def unlocked(self) -> list[str]:
+        return []
+
+
 class FakeOpener:
     def __init__(self, size: int) -> None:
         self._size = size
+        self.keys = FakeKeys()
 
     def open(self, path: Path) -> Any:
         fd = os.open(path, os.O_RDONLY)

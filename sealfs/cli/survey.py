@@ -62,6 +62,7 @@ class Facts:
     unverified_because: str | None = None
     hint: str | None = None
     problem: str | None = None
+    is_locked: bool = False
     key: dict[str, object] | None = None
     live: dict[str, Any] | None = None
 
@@ -79,6 +80,8 @@ class Facts:
             words.append("not registered")
         elif self.registration == "other":
             words.append("another image is registered here")
+        if self.is_locked:
+            words.append("locked: it opens with its PIN")
         return ", ".join(words)
 
 
@@ -123,6 +126,17 @@ def look(place: Place, registry: Registered | None) -> Facts:
             else "other"
         )
     return facts
+
+
+def takes_pin(record: KeyInfo) -> bool:
+    """Whether a key opens on this host with a PIN only, as its record says."""
+    ours = [slot for slot in record.slots if slot.is_of_this_tpm]
+    return bool(ours) and all("pin" in slot.policy for slot in ours)
+
+
+def is_unlocked(place: Place, vm_id: str | None) -> bool:
+    """Whether a mount that shows an image has its VM's PIN."""
+    return place.mount is not None and vm_id in place.mount.status.get("unlocked", ())
 
 
 def verify(facts: Facts, place: Place, keys: KeyService) -> SealfsError | None:
@@ -190,7 +204,9 @@ def slot_text(slot: Mapping[str, Any]) -> str:
         return f"recovery {str(slot['recipient'])[:8]}"
     where = "" if slot["is_of_this_tpm"] else " of another TPM"
     pcrs = f" PCR {','.join(map(str, slot['pcrs']))}" if slot["pcrs"] else ""
-    return f"{slot['kind']}{where}{pcrs}"
+    pin = " PIN" if "pin" in slot["policy"] else ""
+    signer = f" signed by {slot['signer'][:8]}" if slot["signer"] else ""
+    return f"{slot['kind']}{where}{pcrs}{signer}{pin}"
 
 
 def full_size(geometry: Geometry, size: int) -> int:

@@ -126,7 +126,7 @@ class Policies:
             problem = _problem(policy, counter, tpm)
             if problem is None:
                 return policy
-            problems.append(f"{name[:8]}: {problem}")
+            problems.append(f"{name}: {problem}")
         raise KeyRefused(
             subject,
             f"no signed policy of {signed.fingerprint(slot.signer)} fits this host as it is"
@@ -175,7 +175,7 @@ class Policies:
             return there
         for limit in self._places():
             with self._host.nv_authorisation() as auth:
-                # Its first value is above that of every counter this TPM ever had.
+                # Its first value is above that of every counter this TPM had and lost.
                 if tpm.counter_define(limit.index, auth, limit.label):
                     return Limit(limit.index, limit.label, tpm.counter_value(limit.index, auth))
         raise TpmUnavailable(self._host.record.tpm, f"none of {INDEX_TRIES} NV indexes is free")

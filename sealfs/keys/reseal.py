@@ -11,6 +11,7 @@ from sealfs.errors import KeyNotFound, KeyRecordDamaged, UsageError
 from sealfs.keys.host import Host
 from sealfs.keys.protection import Protection
 from sealfs.keys.records import RECORD_VERSION, TPM_SLOT_COUNT_MAX, KeyRecord, TpmSlot
+from sealfs.keys.unlocked import Unlocked
 from sealfs.keys.vault import Vault
 
 
@@ -33,6 +34,7 @@ def steps(record: KeyRecord, slot: TpmSlot, *, keep: bool) -> list[tuple[TpmSlot
 def reseal(
     host: Host,
     vault: Vault,
+    unlocked: Unlocked,
     vm_id: str,
     wanted: Protection,
     *,
@@ -44,6 +46,7 @@ def reseal(
     Args:
         host: Whose TPM seals it.
         vault: Its key records.
+        unlocked: Keys that are open already.
         vm_id: Whose key.
         wanted: What the new slot asks for.
         pin: What opens the key as it is now, where it takes a PIN.
@@ -59,7 +62,7 @@ def reseal(
         if record is None:
             raise KeyNotFound(vm_id, "this host has no key for it")
         file = host.state.record_file(record.kmi)
-        with vault.open_record(record, tpm, pin) as key:
+        with unlocked.copy_of(record) or vault.open_record(record, tpm, pin) as key:
             for slots in steps(record, vault.make_slot(key, wanted, tpm), keep=keep):
                 # A record of an older version is written in the present one.
                 news = dataclasses.replace(record, tpm_slots=slots, version=RECORD_VERSION)

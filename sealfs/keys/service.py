@@ -15,10 +15,10 @@ from __future__ import annotations
 import hmac
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Literal, Self
+from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar
 
 from sealfs.errors import (
     AlreadyExists,
@@ -30,22 +30,25 @@ from sealfs.errors import (
     PinNeeded,
     TpmUnavailable,
 )
-from sealfs.keys import policy, provision, records, recovery, reports, reseal, wire
+from sealfs.keys import policy, provision, records, recovery, reports, reseal, trial, wire
 from sealfs.keys.host import Host, HostCounter, mixed_random
 from sealfs.keys.ledger import Ledger
 from sealfs.keys.protection import Protection
-from sealfs.keys.records import KeyRecord, Origin, PolicyKind, TpmSlot
+from sealfs.keys.records import KeyRecord, Origin, PolicyKind
 from sealfs.keys.registry import Registry
 from sealfs.keys.reports import InitReport, KeyInfo, SlotReport
 from sealfs.keys.statedir import LEDGER_FILE, ImageLock
 from sealfs.keys.unlocked import Unlocked
 from sealfs.keys.vault import Vault
-from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey
+from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey, wipe
 
 if TYPE_CHECKING:
     from sealfs.keys.tpm import Tpm
 
 KmiKind = Literal["vm-id", "opaque"]
+
+AskPin = Callable[[str], bytearray]
+T = TypeVar("T")
 
 OPAQUE_KMI_SIZE: Final = 16
 
@@ -60,6 +63,8 @@ class KeyService:
         self._state = host.state
         self._vault = Vault(host)
         self._unlocked = Unlocked()
+        self.ask_pin: AskPin | None = None
+        """Asked, by VM id, where a key needs a PIN and none was given; the VM stays unlocked."""
         self.policies = self._vault.policies
         self.registry = Registry(host.state, host.record.host_id, host.subkey)
         self.ledger = Ledger(
@@ -181,7 +186,7 @@ class KeyService:
         as well. Raises as `create` and `unseal`.
         """
         wanted = Protection(policy.check_pcrs(pcrs), pin, signer)
-        return self._make(vm_id, kmi, wanted, is_existing_fine=True)
+        return self._asked(vm_id, lambda: self._make(vm_id, kmi, wanted, is_existing_fine=True))
 
     def unseal(self, kmi: str, vm_id: str, *, pin: bytearray | None = None) -> VmKey:
         """Return the key of a KMI, for its own VM; one that is unlocked without asking the TPM.
@@ -196,12 +201,7 @@ class KeyService:
         record = self._vault.read_known(kmi)
         if record.vm_id != vm_id:
             raise KeyRefused(kmi, f"is the key of VM {record.vm_id!r}, not of {vm_id!r}")
-        kept = self._kept(record)
-        if kept is not None:
-            return kept
-        self._vault.check_pin(record, pin)
-        with self._host.tpm() as tpm:
-            return self._vault.open_record(record, tpm, pin)
+        return self._asked(vm_id, lambda: self._open(record, pin))
 
     def unlock(self, vm_id: str, pin: bytearray) -> None:
         """Open a VM's key with its PIN and keep it until `lock` or `close`.
@@ -233,7 +233,12 @@ class KeyService:
     ) -> None:
         """Give a VM's key another policy; see `reseal.reseal`."""
         wire.check_identifier(vm_id, "VM id")
-        reseal.reseal(self._host, self._vault, vm_id, wanted, pin=pin, keep=keep)
+        self._asked(
+            vm_id,
+            lambda: reseal.reseal(
+                self._host, self._vault, self._unlocked, vm_id, wanted, pin=pin, keep=keep
+            ),
+        )
 
     def pcr_values(self, pcrs: Sequence[int]) -> tuple[bytes, ...]:
         """Return the SHA-256 values of PCRs, ascending, as this host's TPM has them now."""
@@ -348,32 +353,8 @@ class KeyService:
             KeyRefused, TpmUnavailable: this TPM is not the one of init, or does not answer.
         """
         record = self._vault.read_known(kmi)
-        found = []
         with self._host.tpm() as tpm:
-            state = tpm.lockout()
-            lockout = (
-                f"{'locked out' if state.locked else 'not locked'}, {state.failures} of "
-                f"{state.failures_max} failures, one forgiven each {state.recovery_s} s"
-                if state.recovery_s
-                else "not counted"
-            )
-            for index, slot in enumerate(record.tpm_slots):
-                trouble = ["the TPM is locked out"] if state.locked else []
-                trouble += self._pcr_trouble(slot, tpm)
-                try:
-                    self._vault.open_slot(record, slot, tpm, pin).wipe()
-                    opens, detail = True, "opens"
-                except PinNeeded:
-                    opens, detail = None, "takes a PIN; not tried"
-                except TpmUnavailable:
-                    raise
-                except KeyServiceError as error:
-                    opens, detail = False, error.detail
-                found.append(SlotReport(index, "tpm", opens, detail, tuple(trouble), lockout))
-        for index, raw in enumerate(record.recovery_slots, start=len(found)):
-            text = f"opens with recovery key {reports.recipient_text(raw)}; not tried"
-            found.append(SlotReport(index, "recovery", None, text))
-        return found
+            return trial.trial(self._vault, record, tpm, pin)
 
     # Inside
 
@@ -428,6 +409,28 @@ class KeyService:
             )
         return existing
 
+    def _asked(self, vm_id: str, use: Callable[[], T]) -> T:
+        """Do `use`; where it lacks a PIN, have the VM unlocked by whoever can be asked, again."""
+        try:
+            return use()
+        except PinNeeded:
+            if self.ask_pin is None:
+                raise
+        pin = self.ask_pin(vm_id)
+        try:
+            self.unlock(vm_id, pin)
+        finally:
+            wipe(pin)
+        return use()
+
+    def _open(self, record: KeyRecord, pin: bytearray | None) -> VmKey:
+        kept = self._kept(record)
+        if kept is not None:
+            return kept
+        self._vault.check_pin(record, pin)
+        with self._host.tpm() as tpm:
+            return self._vault.open_record(record, tpm, pin)
+
     def _kept(self, record: KeyRecord) -> VmKey | None:
         """Return the key of a VM that is unlocked."""
         self._state.check_process()
@@ -447,13 +450,6 @@ class KeyService:
                 reports.policy_text(lost),
             )
         return Protection(slot.pcrs)
-
-    def _pcr_trouble(self, slot: TpmSlot, tpm: Tpm) -> list[str]:
-        if not slot.pcrs:
-            return []
-        present = tpm.pcr_values(slot.pcrs)
-        trio = zip(slot.pcrs, slot.pcr_values, present, strict=True)
-        return [f"PCR {pcr} is not what it was" for pcr, then, now in trio if then != now]
 
 
 def _slots_of(slots: Sequence[bytes], binding: bytes) -> tuple[bytes, ...]:
