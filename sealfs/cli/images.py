@@ -34,11 +34,11 @@ def list_command(settings: Settings, directory: Path | None) -> None:
     What is shown of an image is what its file says: `info` verifies that, and `check` the whole.
     """
     registry: dict[str, RegistryEntry] | None = None
-    take_pins: set[str] = set()
+    with_pin: set[str] = set()
     try:
         with settings.keys() as keys:
             registry = survey.registered(keys)
-            take_pins = {info.kmi for info in keys.records() if survey.takes_pin(info)}
+            with_pin = survey.kmis_with_pin(keys)
     except (KeyServiceError, UsageError) as error:
         if directory is None:
             raise
@@ -47,7 +47,7 @@ def list_command(settings: Settings, directory: Path | None) -> None:
         paths = survey.sealed_files(settings.about(directory))
     else:
         paths = [Path(path) for path in sorted(registry or {})]
-    found = [_listed(path, registry, take_pins) for path in paths]
+    found = [_listed(path, registry, with_pin) for path in paths]
     if settings.json:
         print_json([facts.to_json() for facts in found])
         return
@@ -67,7 +67,7 @@ def list_command(settings: Settings, directory: Path | None) -> None:
     )
 
 
-def _listed(path: Path, registry: dict[str, RegistryEntry] | None, take_pins: set[str]) -> Facts:
+def _listed(path: Path, registry: dict[str, RegistryEntry] | None, with_pin: set[str]) -> Facts:
     if not os.path.lexists(path) and registry is not None:
         entry = registry[str(path)]
         return Facts(path=str(path), state="missing", registration="yes", vm_id=entry.vm_id)
@@ -75,9 +75,7 @@ def _listed(path: Path, registry: dict[str, RegistryEntry] | None, take_pins: se
         place = sealed.find(path)
     except (SealfsError, OSError) as error:
         return Facts(path=str(path), state="unreadable", problem=str(error))
-    facts = survey.look(place, registry)
-    facts.is_locked = facts.kmi in take_pins and not survey.is_unlocked(place, facts.vm_id)
-    return facts
+    return survey.mark_locked(survey.look(place, registry), place, with_pin)
 
 
 @click.command("info")
@@ -100,6 +98,7 @@ def info_command(settings: Settings, image: Path) -> None:
             except KeyServiceError:
                 registry = None  # verifying meets the same, and says it
             facts = survey.look(place, registry)
+            survey.mark_locked(facts, place, survey.kmis_with_pin(keys))
             if facts.vm_id is not None:
                 wrong = survey.verify(facts, place, keys)
     except (KeyServiceError, UsageError) as error:

@@ -128,15 +128,22 @@ def look(place: Place, registry: Registered | None) -> Facts:
     return facts
 
 
-def takes_pin(record: KeyInfo) -> bool:
-    """Whether a key opens on this host with a PIN only, as its record says."""
+def kmis_with_pin(keys: KeyService) -> set[str]:
+    """Return the KMIs whose keys open on this host with a PIN only, as their records say."""
+    return {info.kmi for info in keys.records() if _takes_pin(info)}
+
+
+def mark_locked(facts: Facts, place: Place, with_pin: set[str]) -> Facts:
+    """Note whether an image waits for a PIN that nobody gave to the mount that shows it."""
+    mount = place.mount
+    is_unlocked = mount is not None and facts.vm_id in mount.status.get("unlocked", ())
+    facts.is_locked = facts.kmi in with_pin and not is_unlocked
+    return facts
+
+
+def _takes_pin(record: KeyInfo) -> bool:
     ours = [slot for slot in record.slots if slot.is_of_this_tpm]
     return bool(ours) and all("pin" in slot.policy for slot in ours)
-
-
-def is_unlocked(place: Place, vm_id: str | None) -> bool:
-    """Whether a mount that shows an image has its VM's PIN."""
-    return place.mount is not None and vm_id in place.mount.status.get("unlocked", ())
 
 
 def verify(facts: Facts, place: Place, keys: KeyService) -> SealfsError | None:
