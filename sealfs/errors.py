@@ -73,6 +73,28 @@ class KeyRefused(KeyServiceError):
     """The TPM refuses the key: it is another one or was cleared, or a PCR changed."""
 
 
+class PinNeeded(KeyRefused):
+    """The VM's key opens with a PIN only, and none was given."""
+
+
+class WrongPin(KeyRefused):
+    """The PIN is wrong; the TPM counts these.
+
+    `tries_left` says how many more are let through, None where nobody counts.
+    """
+
+    tries_left: int | None = None
+
+    def __init__(self, subject: object, tries_left: int | None) -> None:
+        left = {None: "", 1: "; 1 try is left"}.get(tries_left, f"; {tries_left} tries are left")
+        super().__init__(subject, f"the PIN is wrong{left}")
+        self.tries_left = tries_left
+
+
+class LockedOut(KeyRefused):
+    """The TPM takes no PIN for now: after wrong ones it waits, and forgives one by one."""
+
+
 class KeyRecordDamaged(KeyServiceError):
     """A key record, the registry, the ledger or the host record was altered or damaged."""
 

@@ -83,6 +83,7 @@ class TinyKeys:
 
     def __init__(self, state: Path) -> None:
         self._state = state
+        self._pins: dict[str, bytes] = {}
         kept = self._kept = StateDir.create(state)
         self.ledger = Ledger(
             kept, bytes(16), counter=TinyCounter(state), subkey=_lend_key, subject="ledger"
@@ -114,6 +115,19 @@ class TinyKeys:
 
     def lock_image(self, subject: object, uuid: bytes, *, shared: bool) -> ImageLock:
         return self._kept.lock_image(subject, uuid, shared=shared)
+
+    def unlock(self, vm_id: str, pin: bytearray) -> None:
+        self._pins[vm_id] = bytes(pin)
+
+    def lock(self, vm_id: str) -> bool:
+        return self._pins.pop(vm_id, None) is not None
+
+    def unlocked(self) -> list[str]:
+        return list(self._pins)
+
+    @property
+    def state_path(self) -> Path:
+        return self._state.resolve()
 
 
 def seal_new(state: Path, path: Path, *, vm_id: str, size: int) -> None:
@@ -204,9 +218,17 @@ class FakeImage:
         return {"size": self.size}
 
 
+class FakeKeys:
+    state_path = Path("/nonexistent")
+
+    def unlocked(self) -> list[str]:
+        return []
+
+
 class FakeOpener:
     def __init__(self, size: int) -> None:
         self._size = size
+        self.keys = FakeKeys()
 
     def open(self, path: Path) -> Any:
         fd = os.open(path, os.O_RDONLY)

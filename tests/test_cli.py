@@ -35,6 +35,7 @@ NORMAL = (
     (re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "UUID"),
     (re.compile(r"\b[0-9a-f]{32}\b"), "HEX"),
     (re.compile(r"recovery [0-9a-f]{8}\b"), "recovery ID"),
+    (re.compile(r"signed by [0-9a-f]{8}\b"), "signed by ID"),
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\+00:00)?"), "TIME"),
     (re.compile(r"\(\d+\)"), "(PID)"),
     (re.compile(r"   +"), "  "),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +20,7 @@ from sealfs.errors import (
     RecoveryRefused,
     UsageError,
 )
-from sealfs.keys import labels, policy, records, recovery, reports, wire
+from sealfs.keys import labels, pin, policy, records, recovery, reports, signed, wire
 from sealfs.keys.hostrecord import (
     HostRecord,
     RecoveryKind,
@@ -29,6 +32,7 @@ from sealfs.keys.hostrecord import (
 )
 from sealfs.keys.records import KeyRecord, Origin, PolicyKind, TpmSlot
 from sealfs.keys.registry import RegistryEntry, RegistryFile
+from sealfs.keys.signed import Limit, SignedPolicy
 from sealfs.keys.vmkey import VmKey
 
 NAME = bytes(range(34))
@@ -41,9 +45,21 @@ RECORD = KeyRecord(
     tpm_slots=(
         TpmSlot(PolicyKind.NONE, (), (), NAME, SEALED),
         TpmSlot(PolicyKind.PCRS, (0, 7, 23), (b"a" * 32, b"b" * 32, b"c" * 32), NAME, SEALED),
+        TpmSlot(
+            PolicyKind.PIN | PolicyKind.SIGNED, (), (), NAME, SEALED, b"signer" * 14, b"reference"
+        ),
     ),
     recovery_slots=(b"one" * 40, b"two" * 40),
 ).with_mac(b"k" * 32)
+OLD_RECORD = dataclasses.replace(RECORD, version=1, tpm_slots=RECORD.tpm_slots[:2]).with_mac(
+    b"k" * 32
+)
+VERSION_1 = "3cbf6aab4fd7642c9043fd28430fc25a163c5700cf635d5524daaec23000eabe"
+"""SHA-256 of OLD_RECORD as the code of commit 5d5f1a8 encoded it."""
+SIGNER = ec.derive_private_key(0x1234567, ec.SECP256R1())
+RSA_SIGNER = rsa.generate_private_key(65537, 2048)
+LIMIT = Limit(0x01800002, b"l" * 32, 17)
+SIGNED = signed.sign(SIGNER, (0, 7), (b"a" * 32, b"b" * 32), LIMIT)
 PIN = StorageKeyPin(StorageKeyKind.PERSISTENT, NAME, b"p" * 92, b"h" * 136)
 HOST = HostRecord(
     bytes(16), 1_700_000_000, "swtpm", PIN, SEALED, 0x01800001, RecoveryKind.HOST, b"r" * 32
@@ -57,6 +73,12 @@ SLOT = recovery.wrap(bytearray(b"K" * 64), recovery.public_of(RECIPIENT), vm_id=
 
 DECODERS = {
     "record": (KeyRecord, RECORD.encode()),
+    "record of version 1": (KeyRecord, OLD_RECORD.encode()),
+    "signed policy": (SignedPolicy, SIGNED.encode()),
+    "signed policy without a limit": (
+        SignedPolicy,
+        signed.sign(RSA_SIGNER, (23,), (b"c" * 32,), None).encode(),
+    ),
     "host": (HostRecord, HOST.encode()),
     "registry": (RegistryFile, REGISTRY.encode()),
     "slot": (recovery.RecoverySlot, SLOT),
@@ -150,21 +172,129 @@ def test_too_many_slots_are_refused():
     many = KeyRecord("a", "a", 0, Origin.MIXED, (), (b"s",) * 9)
     with pytest.raises(KeyRecordDamaged, match="9 recovery slots"):
         KeyRecord.decode(many.encode(), "x")
-    many = KeyRecord("a", "a", 0, Origin.MIXED, RECORD.tpm_slots * 3, ())
+    many = KeyRecord("a", "a", 0, Origin.MIXED, RECORD.tpm_slots * 2, ())
     with pytest.raises(KeyRecordDamaged, match="6 TPM slots"):
         KeyRecord.decode(many.encode(), "x")
 
 
 def test_a_full_record_fits_its_limit():
     slot = TpmSlot(
-        PolicyKind.PCRS,
+        PolicyKind.PCRS | PolicyKind.PIN | PolicyKind.SIGNED,
         tuple(range(24)),
         (bytes(32),) * 24,
         NAME,
         SealedObject(bytes(256), bytes(512)),
+        bytes(512),
+        bytes(64),
     )
     full = KeyRecord("k" * 255, "v" * 255, 2**63, Origin.MIXED, (slot,) * 4, (bytes(512),) * 8)
     assert KeyRecord.decode(full.encode(), "x") == full
+
+
+def test_a_record_of_version_1_is_what_the_first_version_wrote():
+    raw = OLD_RECORD.encode()
+    # Read otherwise, these bytes would lock people out.
+    assert hashlib.sha256(raw).hexdigest() == VERSION_1
+    assert KeyRecord.decode(raw, "x") == OLD_RECORD
+    assert OLD_RECORD.is_authentic(b"k" * 32)
+    position = raw.index(b"a" * 32) - 4
+    assert raw[position] == PolicyKind.PCRS
+    for later in (PolicyKind.PIN, PolicyKind.SIGNED, 8):
+        with pytest.raises(FormatError, match="unknown policy"):
+            KeyRecord.decode(raw[:position] + bytes([later]) + raw[position + 1 :], "x")
+
+
+def test_a_slot_whose_policy_and_fields_do_not_fit_is_refused():
+    slot = RECORD.tpm_slots[2]
+    for wrong in (
+        dataclasses.replace(slot, policy=PolicyKind.PIN),
+        dataclasses.replace(slot, policy=PolicyKind.PCRS),
+        dataclasses.replace(slot, signer=b""),
+    ):
+        raw = dataclasses.replace(RECORD, tpm_slots=(wrong,)).encode()
+        with pytest.raises((FormatError, KeyRecordDamaged)):
+            KeyRecord.decode(raw, "x")
+
+
+# Signed policies and PINs
+
+
+def test_a_signed_policy_verifies_and_any_altered_byte_does_not():
+    for name in ("signed policy", "signed policy without a limit"):
+        kind, raw = DECODERS[name]
+        kind.decode(raw, "x").verify("x")
+        for position in range(len(raw)):
+            altered = bytearray(raw)
+            altered[position] ^= 1
+            with pytest.raises((FormatError, KeyRecordDamaged)):
+                kind.decode(bytes(altered), "x").verify("x")
+
+
+def pem(key) -> bytes:
+    return key.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def private_pem(key, passphrase: bytes | None = None) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(passphrase)
+        if passphrase
+        else serialization.NoEncryption(),
+    )
+
+
+def test_a_signer_is_read_from_pem():
+    for key in (SIGNER, RSA_SIGNER):
+        public = signed.read_public(pem(key.public_key()), "f")
+        assert len(public) == {SIGNER: 86, RSA_SIGNER: 278}[key]
+        assert signed.public_key_of(public, "f") == key.public_key()
+        assert len(signed.fingerprint(public)) == 32
+        again = signed.read_private(private_pem(key), None, "f")
+        assert signed.signer_of(again.public_key()) == public
+        locked = private_pem(key, b"pass")
+        assert signed.read_private(locked, None, "f") is None
+        assert signed.read_private(locked, b"pass", "f") is not None
+        with pytest.raises(UsageError, match="passphrase is another"):
+            signed.read_private(locked, b"word", "f")
+        with pytest.raises(UsageError, match="has no passphrase"):
+            signed.read_private(private_pem(key), b"pass", "f")
+    for weak in (
+        ec.generate_private_key(ec.SECP384R1()),
+        RECIPIENT,
+    ):
+        with pytest.raises(UsageError, match="P-256 or RSA-2048"):
+            signed.read_public(pem(weak.public_key()), "f")
+        with pytest.raises(UsageError, match="P-256 or RSA-2048"):
+            signed.read_private(private_pem(weak), None, "f")
+    for wrong in (b"", b"rubbish", private_pem(SIGNER)):
+        with pytest.raises(UsageError, match="not a public key"):
+            signed.read_public(wrong, "f")
+    with pytest.raises(UsageError, match="not a private key"):
+        signed.read_private(pem(SIGNER.public_key()), None, "f")
+
+
+def test_pins_are_checked_and_never_repeated_in_a_message():
+    assert pin.pin_of("1234\n") == b"1234"
+    assert pin.pin_of("u\u0308ber lang\r\n") == "\u00fcber lang".encode()
+    for wrong in ("", "123", "9" * 129, "secret\t1", "secret\0", "\ud800" * 4):
+        with pytest.raises(UsageError) as caught:
+            pin.pin_of(wrong)
+        assert "secret" not in str(caught.value)
+        assert "999" not in str(caught.value)
+
+
+def test_one_pin_is_another_authorisation_for_each_vm():
+    with (
+        pin.authorisation(bytearray(b"1234"), records.binding("a", "a")) as one,
+        pin.authorisation(bytearray(b"1234"), records.binding("b", "b")) as other,
+    ):
+        assert len(one) == 32
+        assert one != other
+        kept = one
+    assert kept == bytes(32)
 
 
 @pytest.mark.parametrize("text", ["", "a\0b", "a\nb", "x" * 256, "ü" * 128, "\ud800", "a\u2028b"])

@@ -27,6 +27,7 @@ from sealfs.errors import (
     KeyRecordDamaged,
     KeyRefused,
     KeyServiceError,
+    LockedOut,
     TpmUnavailable,
     UsageError,
 )
@@ -571,8 +572,12 @@ def test_the_lock_has_an_end_to_its_patience(tmp_path):
     [
         (0x99D, Act.UNSEAL, KeyRefused, "platform state"),
         (0x128, Act.UNSEAL, KeyRefused, "PCR changed"),
-        (0x921, Act.UNSEAL, KeyRefused, "locked out"),
+        (0x921, Act.PIN, LockedOut, "locked out"),
+        (0x921, Act.UNSEAL, LockedOut, "locked out"),
         (0x98E, Act.UNSEAL, KeyRefused, "storage key pinned"),
+        (0x1C4, Act.UNSEAL, KeyRefused, "present state"),
+        (0x2DB, Act.UNSEAL, KeyRefused, "does not verify"),
+        (0x126, Act.PIN, KeyRefused, "revoked"),
         (0x9A2, Act.UNSEAL, KeyRefused, "storage key pinned"),
         (0x9A2, Act.LOAD, KeyRefused, "storage key pinned"),
         (0x9A2, Act.PROVISION, TpmUnavailable, "owner hierarchy"),

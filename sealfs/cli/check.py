@@ -12,6 +12,7 @@ import click
 
 from sealfs.cli import plain, sealed, survey
 from sealfs.cli.arguments import SIZE
+from sealfs.cli.asked import pin_file_option
 from sealfs.cli.errors import ExitCode, hint_of, sentence_of, warn
 from sealfs.cli.newborn import Newborn
 from sealfs.cli.output import print_json, printable, progress
@@ -42,6 +43,7 @@ Parts = Iterator[Part]
     "--salvage", type=PATH, metavar="DEST", help="Write what verifies to DEST, a plain raw disk."
 )
 @common_options
+@pin_file_option
 def check_command(
     settings: Settings, image: Path, data: bool, rate: int | None, salvage: Path | None
 ) -> int:

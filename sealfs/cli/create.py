@@ -9,27 +9,23 @@ from typing import Any, TypeVar
 import click
 
 from sealfs.cli import plain
-from sealfs.cli.arguments import PCRS, SIZE
+from sealfs.cli.arguments import SIZE
 from sealfs.cli.errors import warn
 from sealfs.cli.output import Advance, print_json, progress
+from sealfs.cli.protecting import Wanted, protection_options
 from sealfs.cli.sealing import Fill, NewImage, make
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import NotFound, UsageError
 from sealfs.image.format import MAGICS
 from sealfs.image.image import SealedImage
 from sealfs.keys.service import KmiKind
+from sealfs.keys.vmkey import wipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _new_image_options(command: F) -> F:
     for option in (
-        click.option(
-            "--pcrs",
-            type=PCRS,
-            default=(),
-            help="For a new key: give it only while these PCRs are as now.",
-        ),
         click.option(
             "--kmi",
             type=click.Choice(["vm-id", "opaque"]),
@@ -43,7 +39,7 @@ def _new_image_options(command: F) -> F:
         ),
     ):
         command = option(command)
-    return command
+    return protection_options(command)
 
 
 @click.command("create")
@@ -58,15 +54,14 @@ def create_command(
     vm_id: str | None,
     label: str,
     kmi: KmiKind,
-    pcrs: tuple[int, ...],
+    wanted: Wanted,
 ) -> None:
     """Make a new, empty sealed image.
 
     It is sparse: space is taken as the VM writes. Name it NAME.sealed; a mount shows NAME.
     """
     settings.about(image)
-    wanted = NewImage(path=image, size=size, vm_id=vm_id, label=label, kmi=kmi, pcrs=pcrs)
-    _make(settings, wanted, None)
+    _make(settings, NewImage(image, size, vm_id, label, kmi, wanted()), None)
 
 
 @click.command("import")
@@ -88,7 +83,7 @@ def import_command(
     vm_id: str | None,
     label: str,
     kmi: KmiKind,
-    pcrs: tuple[int, ...],
+    wanted: Wanted,
 ) -> None:
     """Seal an existing disk: a file or device in any format that qemu-img reads.
 
@@ -103,13 +98,17 @@ def import_command(
             raise UsageError(source, "is empty: a disk has 1 byte or more")
         if disk.backing is not None:
             warn(f'"{source}" is an overlay; the content of "{disk.backing}" is sealed with it')
-        wanted = NewImage(path=image, size=disk.size, vm_id=vm_id, label=label, kmi=kmi, pcrs=pcrs)
-        _make(settings, wanted, lambda sealed: _copy(disk, sealed, source.name))
+        made = NewImage(image, disk.size, vm_id, label, kmi, wanted())
+        _make(settings, made, lambda sealed: _copy(disk, sealed, source.name))
 
 
 def _make(settings: Settings, wanted: NewImage, fill: Fill | None) -> None:
-    with settings.keys() as keys:
-        vm_id, image_uuid = make(keys, settings.state, wanted, fill)
+    try:
+        with settings.keys() as keys:
+            vm_id, image_uuid = make(keys, settings.state, wanted, fill)
+    finally:
+        if wanted.protection.pin is not None:
+            wipe(wanted.protection.pin)
     if settings.json:
         print_json({"path": str(wanted.path), "vm_id": vm_id, "image_uuid": image_uuid.hex()})
     elif wanted.vm_id is None:

@@ -223,8 +223,10 @@ def _no_key(error: BaseException, situation: Situation) -> str | None:
 
 def _key_refused(error: BaseException, situation: Situation) -> str | None:
     text = str(error)
-    if "locked out" in text:
-        return situation.sealfs("doctor")
+    if situation.command.startswith("policy "):
+        return None
+    if "no signed policy" in text:
+        return situation.sealfs("policy list")
     if text.endswith("try again"):
         return situation.again()
     lost = Path(getattr(error, "subject", ""))
@@ -242,6 +244,17 @@ def _key_refused(error: BaseException, situation: Situation) -> str | None:
     if situation.path is None:
         return situation.sealfs("key recover IMAGE") + ", any image of this VM"
     return situation.sealfs(f"key recover {situation.quoted}")
+
+
+def _pin_needed(error: BaseException, situation: Situation) -> str | None:
+    if situation.command == "scrub":
+        return None  # it takes the PINs of many VMs on a terminal only
+    old = situation.command == "key reseal"
+    return situation.again("--old-pin-file" if old else "--pin-file", "FILE")
+
+
+def _locked_out(error: BaseException, situation: Situation) -> str:
+    return situation.sealfs(f"key test {shlex.quote(getattr(error, 'subject', ''))}")
 
 
 def _malformed(error: BaseException, situation: Situation) -> str | None:
@@ -320,6 +333,9 @@ HINTS: tuple[tuple[type[BaseException], Hint, str], ...] = (
     (errors.TpmUnavailable, _tpm, ""),
     (errors.RecoveryRefused, _nothing, "type it again; `sealfs info IMAGE` names the right one"),
     (errors.KeyNotFound, _no_key, ""),
+    (errors.PinNeeded, _pin_needed, "under a mount: `sealfs unlock VM`, once"),
+    (errors.WrongPin, _nothing, "type it again; forgotten: `sealfs key recover IMAGE`"),
+    (errors.LockedOut, _locked_out, "wait; the recovery key opens meanwhile"),
     (errors.KeyRefused, _key_refused, ""),
     (errors.KeyRecordDamaged, _key_refused, "of the host itself: a backup of the state"),
     (errors.KeyServiceError, _nothing, "`-v` shows more"),

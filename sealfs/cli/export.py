@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from sealfs.cli import plain, sealed
+from sealfs.cli.asked import pin_file_option
 from sealfs.cli.newborn import Newborn
 from sealfs.cli.output import print_json, progress
 from sealfs.cli.settings import PATH, Settings, common_options
@@ -28,6 +29,7 @@ from sealfs.image.image import SealedImage
 )
 @click.option("--force", is_flag=True, help="Replace DEST, a file, if it exists.")
 @common_options
+@pin_file_option
 def export_command(
     settings: Settings, image: Path, dest: Path, disk_format: str, force: bool
 ) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sealfs.cli import sealed, survey
+from sealfs.cli.asked import pin_file_option
 from sealfs.cli.errors import hint_of, warn
 from sealfs.cli.output import print_facts, print_json, print_table, size_text
 from sealfs.cli.settings import PATH, Settings, common_options
@@ -33,9 +34,11 @@ def list_command(settings: Settings, directory: Path | None) -> None:
     What is shown of an image is what its file says: `info` verifies that, and `check` the whole.
     """
     registry: dict[str, RegistryEntry] | None = None
+    with_pin: set[str] = set()
     try:
         with settings.keys() as keys:
             registry = survey.registered(keys)
+            with_pin = survey.kmis_with_pin(keys)
     except (KeyServiceError, UsageError) as error:
         if directory is None:
             raise
@@ -44,7 +47,7 @@ def list_command(settings: Settings, directory: Path | None) -> None:
         paths = survey.sealed_files(settings.about(directory))
     else:
         paths = [Path(path) for path in sorted(registry or {})]
-    found = [_listed(path, registry) for path in paths]
+    found = [_listed(path, registry, with_pin) for path in paths]
     if settings.json:
         print_json([facts.to_json() for facts in found])
         return
@@ -64,7 +67,7 @@ def list_command(settings: Settings, directory: Path | None) -> None:
     )
 
 
-def _listed(path: Path, registry: dict[str, RegistryEntry] | None) -> Facts:
+def _listed(path: Path, registry: dict[str, RegistryEntry] | None, with_pin: set[str]) -> Facts:
     if not os.path.lexists(path) and registry is not None:
         entry = registry[str(path)]
         return Facts(path=str(path), state="missing", registration="yes", vm_id=entry.vm_id)
@@ -72,12 +75,13 @@ def _listed(path: Path, registry: dict[str, RegistryEntry] | None) -> Facts:
         place = sealed.find(path)
     except (SealfsError, OSError) as error:
         return Facts(path=str(path), state="unreadable", problem=str(error))
-    return survey.look(place, registry)
+    return survey.mark_locked(survey.look(place, registry), place, with_pin)
 
 
 @click.command("info")
 @click.argument("image", type=PATH)
 @common_options
+@pin_file_option
 def info_command(settings: Settings, image: Path) -> None:
     """Tell what is known of one image: a sealed file, or the plain file a mount shows for it.
 
@@ -87,11 +91,14 @@ def info_command(settings: Settings, image: Path) -> None:
     wrong: SealfsError | None = None
     try:
         with settings.keys() as keys:
+            if settings.pin_file is None:
+                keys.ask_pin = None  # it tells what it can without
             try:
                 registry = survey.registered(keys)
             except KeyServiceError:
                 registry = None  # verifying meets the same, and says it
             facts = survey.look(place, registry)
+            survey.mark_locked(facts, place, survey.kmis_with_pin(keys))
             if facts.vm_id is not None:
                 wrong = survey.verify(facts, place, keys)
     except (KeyServiceError, UsageError) as error:
@@ -158,6 +165,7 @@ def _info_lines(facts: Facts) -> list[tuple[str, str]]:
     "--replace", is_flag=True, help="Even if another image or path is registered; says what."
 )
 @common_options
+@pin_file_option
 def register_command(settings: Settings, image: Path, replace: bool) -> None:
     """Accept an authentic image under its present path, after a move outside sealfs.
 

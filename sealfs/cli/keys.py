@@ -11,16 +11,18 @@ import click
 from sealfs.cli import sealed, survey
 from sealfs.cli.errors import ExitCode
 from sealfs.cli.images import enter
+from sealfs.cli.key_reseal import reseal_key
 from sealfs.cli.output import print_facts, print_json, print_table, printable
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import FormatError, KeyNotFound, KeyRecordDamaged, RecoveryRefused, UsageError
 from sealfs.image.recovery import read_identity
 from sealfs.image.storage import FileStorage
+from sealfs.keys.vmkey import wipe
 from sealfs.mount import freshness
 
 if TYPE_CHECKING:
     from sealfs.keys.reports import KeyInfo, SlotReport
-    from sealfs.keys.service import KeyService
+    from sealfs.keys.service import AskPin, KeyService
 
 KEY_TEXT_MAX = 16 * 1024
 """A printed recovery key has 80 letters; a PEM file a few hundred."""
@@ -29,7 +31,10 @@ STDIN = "-"
 
 @click.group("key")
 def key_command() -> None:
-    """Look at the keys of this host's VMs, try them, recover them."""
+    """Look at the keys of this host's VMs, try them, reseal and recover them."""
+
+
+key_command.add_command(reseal_key)
 
 
 @key_command.command("list")
@@ -84,17 +89,26 @@ def show_key(settings: Settings, vm: str) -> None:
 @key_command.command("test")
 @click.argument("vms", nargs=-1, metavar="VM...")
 @click.option("--all", "every", is_flag=True, help="Every VM of this host.")
+@click.option("--pin", "asks_pin", is_flag=True, help="Try PINs too; each VM's is asked for.")
+@click.option("--pin-file", metavar="FILE", help="Where the PIN of the VM is, to try it too.")
 @common_options
-def test_keys(settings: Settings, vms: tuple[str, ...], every: bool) -> int:
+def test_keys(
+    settings: Settings, vms: tuple[str, ...], every: bool, asks_pin: bool, pin_file: str | None
+) -> int:
     """Unseal for real, through every slot, and foretell trouble. Nothing is changed.
 
-    Exit code 3 when a slot does not open, or trouble is ahead.
+    A slot with a PIN is tried where one is given; a wrong one counts. Exit code 3 when a slot
+    does not open, or trouble is ahead.
     """
     if bool(vms) == every:
         raise UsageError("key test", "name virtual machines, or --all")
+    if pin_file is not None and len(vms) != 1:
+        raise UsageError("--pin-file", "holds the PIN of one VM; name that one")
+    settings.pin_file = pin_file
     with settings.keys() as keys:
         records = keys.records() if every else [_record_of(keys, vm) for vm in vms]
-        found = [(record, *_try(keys, record)) for record in records]
+        ask = settings.ask_pin if asks_pin or pin_file is not None else None
+        found = [(record, *_try(keys, record, ask)) for record in records]
     if settings.json:
         print_json(
             [
@@ -117,13 +131,20 @@ def test_keys(settings: Settings, vms: tuple[str, ...], every: bool) -> int:
     return ExitCode.FINDINGS if is_bad else ExitCode.OK
 
 
-def _try(keys: KeyService, record: KeyInfo) -> tuple[list[SlotReport], str | None]:
+def _try(
+    keys: KeyService, record: KeyInfo, ask: AskPin | None
+) -> tuple[list[SlotReport], str | None]:
     if record.problem is not None:
         return [], record.problem
+    takes_pin = any("pin" in slot.policy for slot in record.slots)
+    pin = ask(record.vm_id) if ask is not None and takes_pin else None
     try:
-        return keys.test(record.kmi), None
+        return keys.test(record.kmi, pin=pin), None
     except (KeyRecordDamaged, KeyNotFound, FormatError) as error:
         return [], error.detail
+    finally:
+        if pin is not None:
+            wipe(pin)
 
 
 def _test_rows(

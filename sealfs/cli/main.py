@@ -34,7 +34,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "scrub": ("check", "Verify images in the background, at a low rate."),
     "register": ("images", "Accept an image under its present path."),
     "accept-rollback": ("rollback", "Accept an older image, or an older state directory."),
-    "key": ("keys", "Look at keys, try them, recover them."),
+    "key": ("keys", "Look at keys, try them, reseal and recover them."),
+    "unlock": ("unlock", "Give a VM's PIN to the mounts that serve its images."),
+    "lock": ("unlock", "Drop the key that unlock gave."),
+    "policy": ("policy", "Signed policies: states that an offline key approves."),
     "audit": ("audit", "Show or verify the log of what was done with the keys."),
     "doctor": ("doctor", "Say what this host can do, and what to mend."),
 }

@@ -9,6 +9,7 @@ import click
 
 from sealfs.cli import sealed
 from sealfs.cli.arguments import SIZE
+from sealfs.cli.asked import pin_file_option
 from sealfs.cli.output import print_json
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import UsageError
@@ -20,6 +21,7 @@ from sealfs.keys.vmkey import wipe
 @click.argument("size", type=SIZE)
 @click.option("--shrink", is_flag=True, help="Even if that cuts content off.")
 @common_options
+@pin_file_option
 def resize_command(settings: Settings, image: Path, size: int, shrink: bool) -> None:
     """Set the size of a disk; what is new reads as zeros.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from sealfs.cli import sealed
+from sealfs.cli.asked import pin_file_option
 from sealfs.cli.output import print_json, printable
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import UsageError
@@ -24,6 +25,7 @@ log = logging.getLogger("sealfs")
     "--ledger", is_flag=True, help="The state directory itself was restored from a backup."
 )
 @common_options
+@pin_file_option
 def accept_rollback_command(settings: Settings, image: Path | None, ledger: bool) -> None:
     """Go on with an image that is older than this host has seen it: a restored backup.
 

@@ -27,6 +27,8 @@ from sealfs.image.image import SealedImage
 from sealfs.image.layout import geometry_for
 from sealfs.image.storage import FileStorage
 from sealfs.keys.ledger import Progress
+from sealfs.keys.protection import Protection
+from sealfs.keys.records import PolicyKind
 from sealfs.keys.service import KmiKind
 from sealfs.keys.statedir import StateDir
 from sealfs.keys.vmkey import IMAGE_KEY_SIZE, VmKey, wipe
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 Fill = Callable[[SealedImage], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class NewImage:
     """What is to be made. `vm_id` None: one is made up."""
 
@@ -48,7 +50,7 @@ class NewImage:
     vm_id: str | None
     label: str
     kmi: KmiKind
-    pcrs: tuple[int, ...]
+    protection: Protection
 
 
 def make(keys: KeyService, state: Path, wanted: NewImage, fill: Fill | None) -> tuple[str, bytes]:
@@ -143,14 +145,22 @@ def _vm_key(keys: KeyService, state: Path, vm_id: str, wanted: NewImage) -> Iter
         try:
             with shielded():
                 try:
-                    vm_key = keys.create(vm_id, kmi=wanted.kmi, pcrs=wanted.pcrs)
+                    asks = wanted.protection
+                    vm_key = keys.create(
+                        vm_id, kmi=wanted.kmi, pcrs=asks.pcrs, pin=asks.pin, signer=asks.signer
+                    )
                     is_new = True
                 except AlreadyExists:
-                    vm_key = keys.ensure(vm_id)
-                    if wanted.pcrs or wanted.kmi != "vm-id":
+                    vm_key = keys.ensure(vm_id, pin=asks.pin)
+                    if asks.policy & ~PolicyKind.PIN or wanted.kmi != "vm-id":
                         warn(
                             f'VM "{vm_id}" has a key already, which keeps its policy and its KMI; '
-                            "--pcrs and --kmi are for new keys"
+                            "--pcrs, --signed-policy and --kmi are for new keys"
+                        )
+                    elif asks.pin and _opens_without_pin(keys, vm_id):
+                        warn(
+                            f'VM "{vm_id}" has a key already, which opens without a PIN; '
+                            "`sealfs key reseal` gives it one"
                         )
             yield vm_key
         except BaseException:
@@ -161,6 +171,15 @@ def _vm_key(keys: KeyService, state: Path, vm_id: str, wanted: NewImage) -> Iter
         finally:
             if vm_key is not None:
                 vm_key.wipe()
+
+
+def _opens_without_pin(keys: KeyService, vm_id: str) -> bool:
+    return any(
+        slot.kind == "tpm" and "pin" not in slot.policy
+        for record in keys.records()
+        if record.vm_id == vm_id
+        for slot in record.slots
+    )
 
 
 @contextlib.contextmanager

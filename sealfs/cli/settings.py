@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from sealfs.cli import asked
 from sealfs.cli.errors import STATE_DEFAULT, Situation
 from sealfs.keys.hardening import harden
 
@@ -40,6 +41,8 @@ class Settings:
     tpm: str | None = None
     json: bool = False
     verbose: int = 0
+    pin_file: str | None = None
+    pin_option: str = "--pin-file"
     situation: Situation = field(default_factory=Situation)
 
     @contextmanager
@@ -49,7 +52,13 @@ class Settings:
         from sealfs.keys.service import KeyService  # slow to load; help and usage need none
 
         with KeyService.open(self.state, tpm=self.tpm) as keys:
+            if self.pin_file is not None or sys.stdin.isatty():
+                keys.ask_pin = self.ask_pin
             yield keys
+
+    def ask_pin(self, vm_id: str) -> bytearray:
+        """Return the PIN of a VM, as a new buffer; see `asked.pin`."""
+        return asked.pin(f"PIN of {vm_id}", self.pin_file, option=self.pin_option)
 
     def about(self, path: Path) -> Path:
         """Note the path that the user named; return it."""

@@ -67,6 +67,7 @@ class Facts:
     unverified_because: str | None = None
     hint: str | None = None
     problem: str | None = None
+    is_locked: bool = False
     key: dict[str, object] | None = None
     live: dict[str, Any] | None = None
 
@@ -84,7 +85,9 @@ class Facts:
             words.append("not registered")
         elif self.registration == "other":
             words.append("another image is registered here")
-        if self.failure is not None:
+        if self.is_locked:
+            words.append("locked: it opens with its PIN")
+        elif self.failure is not None:
             words.append(self.failure)
         return ", ".join(words)
 
@@ -132,6 +135,24 @@ def look(place: Place, registry: Registered | None) -> Facts:
             else "other"
         )
     return facts
+
+
+def kmis_with_pin(keys: KeyService) -> set[str]:
+    """Return the KMIs whose keys open on this host with a PIN only, as their records say."""
+    return {info.kmi for info in keys.records() if _takes_pin(info)}
+
+
+def mark_locked(facts: Facts, place: Place, with_pin: set[str]) -> Facts:
+    """Note whether an image waits for a PIN that nobody gave to the mount that shows it."""
+    mount = place.mount
+    is_unlocked = mount is not None and facts.vm_id in mount.status.get("unlocked", ())
+    facts.is_locked = facts.kmi in with_pin and not is_unlocked
+    return facts
+
+
+def _takes_pin(record: KeyInfo) -> bool:
+    ours = [slot for slot in record.slots if slot.is_of_this_tpm]
+    return bool(ours) and all("pin" in slot.policy for slot in ours)
 
 
 def verify(facts: Facts, place: Place, keys: KeyService) -> SealfsError | None:
@@ -199,7 +220,9 @@ def slot_text(slot: Mapping[str, Any]) -> str:
         return f"recovery {str(slot['recipient'])[:8]}"
     where = "" if slot["is_of_this_tpm"] else " of another TPM"
     pcrs = f" PCR {','.join(map(str, slot['pcrs']))}" if slot["pcrs"] else ""
-    return f"{slot['kind']}{where}{pcrs}"
+    pin = " PIN" if "pin" in slot["policy"] else ""
+    signer = f" signed by {slot['signer'][:8]}" if slot["signer"] else ""
+    return f"{slot['kind']}{where}{pcrs}{signer}{pin}"
 
 
 def full_size(geometry: Geometry, size: int) -> int:

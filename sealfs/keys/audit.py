@@ -114,7 +114,9 @@ class AuditLog:
         try:
             self._append(event, outcome, facts)
         except SealfsError as error:
-            _log.warning("the audit log lacks %r of %r: %s", event, facts.get("vm", ""), error)
+            # What failed is said anyway, and mostly for the same reason.
+            level = logging.WARNING if outcome == OK else logging.INFO
+            _log.log(level, "the audit log lacks %r of %r: %s", event, facts.get("vm", ""), error)
 
     def _append(self, event: str, outcome: str, facts: Mapping[str, str]) -> None:
         noted = self._ledger.noted(AUDIT_ID)

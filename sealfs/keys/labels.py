@@ -13,6 +13,7 @@ REGISTRY_MAGIC: Final = b"SEALFS\x00R"
 LEDGER_MAGIC: Final = b"SEALFS\x00L"
 RECORD_MAGIC: Final = b"SEALFS\x00K"
 RECOVERY_SLOT_MAGIC: Final = b"SEALFS\x00W"
+SIGNED_POLICY_MAGIC: Final = b"SEALFS\x00P"
 
 # Payloads sealed in the TPM
 VM_PAYLOAD_MAGIC: Final = b"SFVMKEY\x01"
@@ -23,12 +24,17 @@ BINDING_DIGEST: Final = b"sealfs/v1/vm binding\x00"
 RECORD_NAME: Final = b"sealfs/v1/record name\x00"
 RECOVERY_FINGERPRINT: Final = b"sealfs/v1/recovery fingerprint\x00"
 RECOVERY_CHECKSUM: Final = b"sealfs/v1/recovery checksum\x00"
+REVOCATION_COUNTER: Final = b"sealfs/v1/revocation counter\x00"
+
+# What a signed policy is signed for (TPM 2.0 Part 1, policyRef)
+SIGNED_POLICY_REF: Final = b"sealfs/v1/signed PCR policy\x00"
 
 # HKDF (RFC 5869) and HPKE (RFC 9180) info
 RANDOM_INFO: Final = b"sealfs/v1/mixed random\x00"
 RECORD_MAC_INFO: Final = b"sealfs/v1/record mac\x00"
 IMAGE_WRAP_INFO: Final = b"sealfs/v1/image key wrap\x00"
 RECOVERY_INFO: Final = b"sealfs/v1/recovery slot\x00"
+PIN_INFO: Final = b"sealfs/v1/PIN\x00"
 HOST_MAC_INFO: Final = b"sealfs/v1/host record mac\x00"
 REGISTRY_MAC_INFO: Final = b"sealfs/v1/registry mac\x00"
 LEDGER_MAC_INFO: Final = b"sealfs/v1/ledger mac\x00"

@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import Final, Self
 
 from sealfs.errors import FormatError, KeyRecordDamaged
@@ -25,7 +26,9 @@ from sealfs.keys.hostrecord import (
     SealedObject,
 )
 
-RECORD_VERSION: Final = 1
+RECORD_VERSION: Final = 2
+RECORD_VERSION_OLDEST: Final = 1
+"""Version 1 knew the policies NONE and PCRS only; its bytes are otherwise the same."""
 RECORD_SIZE_MAX: Final = 16 * 1024
 """Four TPM slots with 24 PCR values each and eight recovery slots take about 8 KiB."""
 TPM_SLOT_COUNT_MAX: Final = 4
@@ -34,6 +37,9 @@ RECOVERY_SLOT_SIZE_MAX: Final = 512
 VM_KEY_SIZE: Final = 64
 BINDING_SIZE: Final = 32
 PCR_VALUE_SIZE: Final = 32
+SIGNER_SIZE_MAX: Final = 512
+"""The public area of an RSA-2048 signer takes 278 bytes, of a P-256 one 86."""
+POLICY_REF_SIZE_MAX: Final = 64
 
 
 class Origin(IntEnum):
@@ -45,11 +51,18 @@ class Origin(IntEnum):
     """Taken out of a recovery slot; first made elsewhere or earlier."""
 
 
-class PolicyKind(IntEnum):
-    """What the TPM asks before it unseals."""
+class PolicyKind(IntFlag):
+    """What the TPM asks before it unseals; all that are set must hold."""
 
     NONE = 0
     PCRS = 1
+    PIN = 2
+    SIGNED = 4
+    """PCR values that the owner of an offline key signed (TPM2_PolicyAuthorize)."""
+
+
+POLICY_BITS: Final = {1: int(PolicyKind.PCRS), 2: sum(PolicyKind)}
+"""Those that a record of each version may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +70,9 @@ class TpmSlot:
     """A VM key sealed by one TPM.
 
     `pcr_values` are those it was sealed to, beside `pcrs` in order: the TPM enforces the policy
-    digest in `sealed.public`; the values only tell a person which PCR changed.
+    digest in `sealed.public`; the values only tell a person which PCR changed. `signer`
+    (TPMT_PUBLIC) and `policy_ref` are what a signed policy must be signed by and for; empty
+    without SIGNED.
     """
 
     policy: PolicyKind
@@ -65,6 +80,8 @@ class TpmSlot:
     pcr_values: tuple[bytes, ...]
     storage_key_name: bytes
     sealed: SealedObject
+    signer: bytes = b""
+    policy_ref: bytes = b""
 
     def encode(self) -> bytes:
         bitmap = sum(1 << pcr for pcr in self.pcrs)
@@ -73,6 +90,7 @@ class TpmSlot:
                 wire.number(self.policy, 1),
                 wire.number(bitmap, 3),
                 *self.pcr_values,
+                *map(wire.counted, (self.signer, self.policy_ref) if self.signer else ()),
                 wire.counted(self.storage_key_name),
                 wire.counted(self.sealed.public),
                 wire.counted(self.sealed.private),
@@ -80,15 +98,19 @@ class TpmSlot:
         )
 
     @classmethod
-    def read(cls, reader: wire.Reader) -> Self:
+    def read(cls, reader: wire.Reader, version: int) -> Self:
         kind = reader.number(1)
-        if kind not in list(PolicyKind):
+        if kind & ~POLICY_BITS[version]:
             raise FormatError(reader.subject, f"slot with unknown policy {kind}")
         bitmap = reader.number(3)
-        if (kind == PolicyKind.PCRS) != (bitmap != 0):
+        if bool(kind & PolicyKind.PCRS) != (bitmap != 0):
             reader.damaged("its policy and its PCR list do not fit")
         pcrs = tuple(pcr for pcr in range(policy.PCR_COUNT) if bitmap >> pcr & 1)
         values = tuple(reader.take(PCR_VALUE_SIZE) for _ in pcrs)
+        signer = policy_ref = b""
+        if kind & PolicyKind.SIGNED:
+            signer = reader.counted(SIGNER_SIZE_MAX, 1)
+            policy_ref = reader.counted(POLICY_REF_SIZE_MAX)
         return cls(
             PolicyKind(kind),
             pcrs,
@@ -98,12 +120,17 @@ class TpmSlot:
                 reader.counted(SEALED_PUBLIC_SIZE_MAX, 1),
                 reader.counted(SEALED_PRIVATE_SIZE_MAX, 1),
             ),
+            signer,
+            policy_ref,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class KeyRecord:
-    """STATE/keys/HASH.slot. `created` is in seconds since 1970, UTC."""
+    """STATE/keys/HASH.slot. `created` is in seconds since 1970, UTC; TPM slots oldest first.
+
+    `version` is that of the bytes it was read from: its MAC stands over them.
+    """
 
     kmi: str
     vm_id: str
@@ -112,12 +139,13 @@ class KeyRecord:
     tpm_slots: tuple[TpmSlot, ...]
     recovery_slots: tuple[bytes, ...]
     mac: bytes = bytes(MAC_SIZE)
+    version: int = RECORD_VERSION
 
     def _body(self) -> bytes:
         return b"".join(
             (
                 labels.RECORD_MAGIC,
-                wire.number(RECORD_VERSION, 2),
+                wire.number(self.version, 2),
                 wire.text(self.kmi),
                 wire.text(self.vm_id),
                 wire.number(self.created, 8),
@@ -146,7 +174,7 @@ class KeyRecord:
             raise KeyRecordDamaged(subject, f"has more than {RECORD_SIZE_MAX} bytes")
         reader = wire.Reader(raw, subject)
         reader.magic(labels.RECORD_MAGIC, "key record")
-        reader.version(RECORD_VERSION, "the key record")
+        version = reader.version(RECORD_VERSION, "the key record", oldest=RECORD_VERSION_OLDEST)
         kmi, vm_id = reader.identifier(), reader.identifier()
         created = reader.number(8)
         origin = reader.number(1)
@@ -155,7 +183,7 @@ class KeyRecord:
         tpm_slot_count = reader.number(1)
         if tpm_slot_count > TPM_SLOT_COUNT_MAX:
             reader.damaged(f"has {tpm_slot_count} TPM slots, at most {TPM_SLOT_COUNT_MAX}")
-        tpm_slots = tuple(TpmSlot.read(reader) for _ in range(tpm_slot_count))
+        tpm_slots = tuple(TpmSlot.read(reader, version) for _ in range(tpm_slot_count))
         recovery_count = reader.number(1)
         if recovery_count > RECOVERY_SLOT_COUNT_MAX:
             reader.damaged(
@@ -164,7 +192,7 @@ class KeyRecord:
         recovery = tuple(reader.counted(RECOVERY_SLOT_SIZE_MAX, 1) for _ in range(recovery_count))
         mac = reader.take(MAC_SIZE)
         reader.finish()
-        return cls(kmi, vm_id, created, Origin(origin), tpm_slots, recovery, mac)
+        return cls(kmi, vm_id, created, Origin(origin), tpm_slots, recovery, mac, version)
 
     def with_mac(self, mac_key: bytes | bytearray) -> Self:
         """Return the record authenticated under the VM key's MAC subkey."""
@@ -173,6 +201,12 @@ class KeyRecord:
     def is_authentic(self, mac_key: bytes | bytearray) -> bool:
         """Whether the MAC fits."""
         return hmac.compare_digest(self.mac, hmac.digest(mac_key, self._body(), "sha256"))
+
+
+def opening_order(slots: Sequence[TpmSlot]) -> list[TpmSlot]:
+    """Return slots in the order to try them: newest first, those that take a PIN last."""
+    newest_first = slots[::-1]
+    return sorted(newest_first, key=lambda slot: bool(slot.policy & PolicyKind.PIN))
 
 
 def binding(vm_id: str, kmi: str) -> bytes:

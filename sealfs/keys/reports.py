@@ -6,7 +6,7 @@ import datetime
 from dataclasses import dataclass, field
 from typing import Final
 
-from sealfs.keys import labels, recovery
+from sealfs.keys import labels, recovery, signed
 from sealfs.keys.hostrecord import (
     HostRecord,
     RecoveryKind,
@@ -25,7 +25,11 @@ RECOVERY_WORDS: Final = {
     RecoveryKind.ORGANISATION: "organisation",
 }
 ORIGIN_WORDS: Final = {Origin.MIXED: "mixed", Origin.RECOVERED: "recovered"}
-POLICY_WORDS: Final = {PolicyKind.NONE: "none", PolicyKind.PCRS: "pcrs"}
+POLICY_WORDS: Final = {
+    PolicyKind.PCRS: "pcrs",
+    PolicyKind.PIN: "pin",
+    PolicyKind.SIGNED: "signed",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class SlotInfo:
     pcrs: tuple[int, ...]
     is_of_this_tpm: bool
     recipient: str | None
+    signer: str | None = None
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -92,6 +97,7 @@ class SlotInfo:
             "pcrs": list(self.pcrs),
             "is_of_this_tpm": self.is_of_this_tpm,
             "recipient": self.recipient,
+            "signer": self.signer,
         }
 
 
@@ -152,6 +158,11 @@ def time_text(seconds: int) -> str:
         return str(seconds)
 
 
+def policy_text(kind: PolicyKind) -> str:
+    """Return a policy in a word: `none`, `pcrs`, `pcrs+pin` ..."""
+    return "+".join(word for bit, word in POLICY_WORDS.items() if kind & bit) or "none"
+
+
 def recipient_text(slot: bytes) -> str:
     """Return the fingerprint of whoever can open a recovery slot, by what the slot says."""
     start = len(labels.RECOVERY_SLOT_MAGIC) + 2  # Behind magic and version.
@@ -177,8 +188,9 @@ def key_info(record: KeyRecord, file: str, storage_key_name: bytes) -> KeyInfo:
 def _tpm_slot_info(slot: TpmSlot, storage_key_name: bytes) -> SlotInfo:
     return SlotInfo(
         kind="tpm",
-        policy=POLICY_WORDS[slot.policy],
+        policy=policy_text(slot.policy),
         pcrs=slot.pcrs,
         is_of_this_tpm=slot.storage_key_name == storage_key_name,
         recipient=None,
+        signer=signed.fingerprint(slot.signer) if slot.signer else None,
     )

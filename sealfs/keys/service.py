@@ -18,31 +18,38 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Literal, Self
+from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar
 
 from sealfs.errors import (
     AlreadyExists,
     FormatError,
+    KeyNotFound,
     KeyRecordDamaged,
     KeyRefused,
     KeyServiceError,
+    PinNeeded,
     TpmUnavailable,
 )
-from sealfs.keys import policy, provision, records, recovery, reports, wire
+from sealfs.keys import policy, provision, records, recovery, reports, reseal, trial, wire
 from sealfs.keys.audit import Actor, AuditLog
 from sealfs.keys.host import Host, HostCounter, mixed_random
 from sealfs.keys.ledger import Ledger
-from sealfs.keys.records import KeyRecord, Origin, TpmSlot
+from sealfs.keys.protection import Protection
+from sealfs.keys.records import KeyRecord, Origin, PolicyKind
 from sealfs.keys.registry import Registry
 from sealfs.keys.reports import InitReport, KeyInfo, SlotReport
 from sealfs.keys.statedir import LEDGER_FILE, ImageLock
+from sealfs.keys.unlocked import Unlocked
 from sealfs.keys.vault import Vault
-from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey
+from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey, wipe
 
 if TYPE_CHECKING:
     from sealfs.keys.tpm import Tpm
 
 KmiKind = Literal["vm-id", "opaque"]
+
+AskPin = Callable[[str], bytearray]
+T = TypeVar("T")
 
 OPAQUE_KMI_SIZE: Final = 16
 
@@ -56,6 +63,10 @@ class KeyService:
         self._host = host
         self._state = host.state
         self._vault = Vault(host)
+        self._unlocked = Unlocked()
+        self.ask_pin: AskPin | None = None
+        """Asked, by VM id, where a key needs a PIN and none was given; the VM stays unlocked."""
+        self.policies = self._vault.policies
         self.ledger = Ledger(
             host.state,
             host.record.host_id,
@@ -129,7 +140,8 @@ class KeyService:
         return cls(Host.open(state, tpm=tpm), actor)
 
     def close(self) -> None:
-        """Wipe the host secret kept in memory."""
+        """Wipe the host secret and the keys of unlocked VMs kept in memory."""
+        self._unlocked.close()
         self._host.close()
 
     def __enter__(self) -> Self:
@@ -163,41 +175,69 @@ class KeyService:
         with self._host.tpm() as tpm:
             return bytes(mixed_random(tpm, size))
 
-    def create(self, vm_id: str, *, kmi: KmiKind = "vm-id", pcrs: tuple[int, ...] = ()) -> VmKey:
+    def create(
+        self,
+        vm_id: str,
+        *,
+        kmi: KmiKind = "vm-id",
+        pcrs: tuple[int, ...] = (),
+        pin: bytearray | None = None,
+        signer: bytes = b"",
+    ) -> VmKey:
         """Make a VM's key; durable on return.
 
         Args:
             vm_id: 1 to 255 bytes of UTF-8 without control characters.
             kmi: Find the key by its VM id, or by an opaque identifier made here.
             pcrs: Have the TPM give the key only while these PCRs are as they are now.
+            pin: Have it give the key for this PIN only.
+            signer: Have it give the key only while the PCRs are as this key signs them to be.
 
         Raises:
             AlreadyExists: this VM has a key here.
             UsageError: a VM id or PCR list that cannot be used.
             KeyRefused, TpmUnavailable, KeyRecordDamaged: from the TPM and the host record.
         """
+        wanted = Protection(policy.check_pcrs(pcrs), pin, signer)
         with self.audit.recorded("key made", vm=vm_id) as facts:
-            key, _ = self._make(vm_id, kmi, pcrs, is_existing_fine=False)
+            key, _ = self._make(vm_id, kmi, wanted, is_existing_fine=False)
             facts["kmi"] = key.kmi
         return key
 
-    def ensure(self, vm_id: str, *, kmi: KmiKind = "vm-id", pcrs: tuple[int, ...] = ()) -> VmKey:
+    def ensure(
+        self,
+        vm_id: str,
+        *,
+        kmi: KmiKind = "vm-id",
+        pcrs: tuple[int, ...] = (),
+        pin: bytearray | None = None,
+        signer: bytes = b"",
+    ) -> VmKey:
         """Return the VM's key, made now if it has none: a VM may have several disks.
 
-        `kmi` and `pcrs` concern a key that is made now. Raises as `create` and `unseal`.
+        `kmi`, `pcrs` and `signer` concern a key that is made now; `pin` opens one that is there
+        as well. Raises as `create` and `unseal`.
         """
+        wanted = Protection(policy.check_pcrs(pcrs), pin, signer)
         try:
-            key, is_new = self._make(vm_id, kmi, pcrs, is_existing_fine=True)
+            key, is_new = self._asked(
+                vm_id, lambda: self._make(vm_id, kmi, wanted, is_existing_fine=True)
+            )
         except KeyServiceError as error:
             self.audit.failed("key made or used", error, vm=vm_id)
             raise
         self.audit.record("key made" if is_new else "key used", vm=vm_id, kmi=key.kmi)
         return key
 
-    def unseal(self, kmi: str, vm_id: str, *, image_uuid: bytes = b"") -> VmKey:
-        """Return the key of a KMI, for its own VM; `image_uuid` says what for, in the audit log.
+    def unseal(
+        self, kmi: str, vm_id: str, *, pin: bytearray | None = None, image_uuid: bytes = b""
+    ) -> VmKey:
+        """Return the key of a KMI, for its own VM; one that is unlocked without asking the TPM.
+
+        `image_uuid` says what for, in the audit log.
 
         Raises:
+            PinNeeded, WrongPin, LockedOut: it takes a PIN.
             KeyNotFound: no record of this KMI.
             KeyRefused: the TPM or its policy refuses, or the record is another VM's.
             KeyRecordDamaged: the record was altered, swapped or renamed.
@@ -207,8 +247,55 @@ class KeyService:
             record = self._vault.read_known(kmi)
             if record.vm_id != vm_id:
                 raise KeyRefused(kmi, f"is the key of VM {record.vm_id!r}, not of {vm_id!r}")
+            return self._asked(vm_id, lambda: self._open(record, pin))
+
+    def unlock(self, vm_id: str, pin: bytearray) -> None:
+        """Open a VM's key with its PIN and keep it until `lock` or `close`.
+
+        Raises:
+            As `unseal`; one try is made for each slot that takes a PIN.
+        """
+        with self.audit.recorded("key unlocked", vm=vm_id):
+            record = self._vault.record_of_vm(vm_id)
+            if record is None:
+                raise KeyNotFound(vm_id, "this host has no key for it")
             with self._host.tpm() as tpm:
-                return self._vault.open_record(record, tpm)
+                self._unlocked.keep(self._vault.open_record(record, tpm, pin))
+
+    def lock(self, vm_id: str) -> bool:
+        """Wipe the key that `unlock` kept; whether there was one. Image keys are their users'."""
+        was_unlocked = self._unlocked.lock(vm_id)
+        if was_unlocked:
+            self.audit.record("key locked", vm=vm_id)
+        return was_unlocked
+
+    def unlocked(self) -> list[str]:
+        """Return the VMs that are unlocked."""
+        return self._unlocked.names()
+
+    @property
+    def state_path(self) -> Path:
+        """The state directory, canonical: which host's keys these are."""
+        return self._state.path.resolve()
+
+    def reseal(
+        self, vm_id: str, wanted: Protection, *, pin: bytearray | None = None, keep: bool = False
+    ) -> None:
+        """Give a VM's key another policy; see `reseal.reseal`."""
+        wire.check_identifier(vm_id, "VM id")
+
+        def work() -> None:
+            reseal.reseal(
+                self._host, self._vault, self._unlocked, vm_id, wanted, pin=pin, keep=keep
+            )
+
+        with self.audit.recorded("key resealed", vm=vm_id):
+            self._asked(vm_id, work)
+
+    def pcr_values(self, pcrs: Sequence[int]) -> tuple[bytes, ...]:
+        """Return the SHA-256 values of PCRs, ascending, as this host's TPM has them now."""
+        with self._host.tpm() as tpm:
+            return tpm.pcr_values(policy.check_pcrs(pcrs))
 
     def image_key(self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes) -> bytearray:
         """Return the key of one image, which the caller wipes; all that a console needs (C4).
@@ -249,7 +336,8 @@ class KeyService:
 
         Works on a fresh host from what an image carries. A record whose key this TPM still
         gives is left alone; one that does not open is replaced, and keeps its PCR list where it
-        authenticates under the recovered key. This host's recipient gets a slot of its own.
+        authenticates under the recovered key, but no PIN and no signer: nobody knows whether
+        they would open it. This host's recipient gets a slot of its own.
 
         A slot proves who can open it, not who made it: an image from an untrusted place can
         carry a key that somebody else knows.
@@ -278,7 +366,7 @@ class KeyService:
         )
         try:
             with self._state.lock() as held, self._host.tpm_under(held) as tpm:
-                pcrs: tuple[int, ...] = ()
+                wanted = Protection()
                 try:
                     old = self._vault.read(self._state.record_file(kmi), kmi=kmi)
                 except (FormatError, KeyRecordDamaged) as error:
@@ -289,9 +377,9 @@ class KeyService:
                     if existing is not None:
                         recovered.wipe()
                         return existing
-                    pcrs = self._authentic_pcrs(old, recovered)
+                    wanted = self._kept_protection(old, recovered)
                 self._vault.add_own_recipient(recovered)
-                self._vault.protect(recovered, Origin.RECOVERED, pcrs, tpm, held)
+                self._vault.protect(recovered, Origin.RECOVERED, wanted, tpm, held)
         except BaseException:
             recovered.wipe()
             raise
@@ -313,58 +401,44 @@ class KeyService:
                 found.append(reports.key_info(record, file, name_of_key))
         return sorted(found, key=lambda info: (info.vm_id, info.kmi, info.file))
 
-    def test(self, kmi: str) -> list[SlotReport]:
+    def test(self, kmi: str, *, pin: bytearray | None = None) -> list[SlotReport]:
         """Try every slot for real and foretell trouble; nothing is changed.
+
+        A slot that takes a PIN is tried, once, where one is given.
 
         Raises:
             KeyNotFound, KeyRecordDamaged, FormatError: there is nothing to try.
             KeyRefused, TpmUnavailable: this TPM is not the one of init, or does not answer.
         """
         with self.audit.recorded("key tested", kmi=kmi) as facts:
-            found = self._test(kmi)
+            found = self._test(kmi, pin)
             facts["slots"] = ", ".join(slot.detail for slot in found if slot.opens is not None)
         return found
 
-    def _test(self, kmi: str) -> list[SlotReport]:
+    def _test(self, kmi: str, pin: bytearray | None) -> list[SlotReport]:
         record = self._vault.read_known(kmi)
-        found = []
         with self._host.tpm() as tpm:
-            state = tpm.lockout()
-            lockout = (
-                f"{'locked out' if state.locked else 'not locked'}, {state.failures} of "
-                f"{state.failures_max} failures, one forgiven each {state.recovery_s} s"
-            )
-            for index, slot in enumerate(record.tpm_slots):
-                trouble = ["the TPM is locked out"] if state.locked else []
-                trouble += self._pcr_trouble(slot, tpm)
-                try:
-                    self._vault.open_slot(record, slot, tpm).wipe()
-                    opens, detail = True, "opens"
-                except TpmUnavailable:
-                    raise
-                except KeyServiceError as error:
-                    opens, detail = False, error.detail
-                found.append(SlotReport(index, "tpm", opens, detail, tuple(trouble), lockout))
-        for index, raw in enumerate(record.recovery_slots, start=len(found)):
-            text = f"opens with recovery key {reports.recipient_text(raw)}; not tried"
-            found.append(SlotReport(index, "recovery", None, text))
-        return found
+            return trial.trial(self._vault, record, tpm, pin)
 
     # Inside
 
     def _make(
-        self, vm_id: str, kind: KmiKind, pcrs: tuple[int, ...], *, is_existing_fine: bool
+        self, vm_id: str, kind: KmiKind, wanted: Protection, *, is_existing_fine: bool
     ) -> tuple[VmKey, bool]:
         """Return the key, and whether it was made."""
         wire.check_identifier(vm_id, "VM id")
-        pcrs = policy.check_pcrs(pcrs)
         with self._state.lock() as held:
             record = self._vault.record_of_vm(vm_id)
             if record is not None and not is_existing_fine:
                 raise AlreadyExists(vm_id, "this VM has a key on this host already")
+            if record is not None:
+                kept = self._kept(record)
+                if kept is not None:
+                    return kept, False
+                self._vault.check_pin(record, wanted.pin)
             with self._host.tpm_under(held) as tpm:
                 if record is not None:
-                    return self._vault.open_record(record, tpm), False
+                    return self._vault.open_record(record, tpm, wanted.pin), False
                 kmi = vm_id if kind == "vm-id" else mixed_random(tpm, OPAQUE_KMI_SIZE).hex()
                 key = VmKey(
                     mixed_random(tpm, records.VM_KEY_SIZE),
@@ -374,7 +448,7 @@ class KeyService:
                 )
                 try:
                     self._vault.add_own_recipient(key)
-                    self._vault.protect(key, Origin.MIXED, pcrs, tpm, held)
+                    self._vault.protect(key, Origin.MIXED, wanted, tpm, held)
                 except BaseException:
                     key.wipe()
                     raise
@@ -400,18 +474,47 @@ class KeyService:
             )
         return existing
 
-    def _authentic_pcrs(self, old: KeyRecord, recovered: VmKey) -> tuple[int, ...]:
-        with recovered.record_mac_key() as mac_key:
-            if not old.is_authentic(mac_key):
-                return ()
-        return next((slot.pcrs for slot in old.tpm_slots), ())
+    def _asked(self, vm_id: str, use: Callable[[], T]) -> T:
+        """Do `use`; where it lacks a PIN, have the VM unlocked by whoever can be asked, again."""
+        try:
+            return use()
+        except PinNeeded:
+            if self.ask_pin is None:
+                raise
+        pin = self.ask_pin(vm_id)
+        try:
+            self.unlock(vm_id, pin)
+        finally:
+            wipe(pin)
+        return use()
 
-    def _pcr_trouble(self, slot: TpmSlot, tpm: Tpm) -> list[str]:
-        if not slot.pcrs:
-            return []
-        present = tpm.pcr_values(slot.pcrs)
-        trio = zip(slot.pcrs, slot.pcr_values, present, strict=True)
-        return [f"PCR {pcr} is not what it was" for pcr, then, now in trio if then != now]
+    def _open(self, record: KeyRecord, pin: bytearray | None) -> VmKey:
+        kept = self._kept(record)
+        if kept is not None:
+            return kept
+        self._vault.check_pin(record, pin)
+        with self._host.tpm() as tpm:
+            return self._vault.open_record(record, tpm, pin)
+
+    def _kept(self, record: KeyRecord) -> VmKey | None:
+        """Return the key of a VM that is unlocked."""
+        self._state.check_process()
+        return self._unlocked.copy_of(record)
+
+    def _kept_protection(self, old: KeyRecord, recovered: VmKey) -> Protection:
+        """Return what a recovered key's new slot asks for, by its newest old one."""
+        with recovered.record_mac_key() as mac_key:
+            if not (old.tpm_slots and old.is_authentic(mac_key)):
+                return Protection()
+        slot = old.tpm_slots[-1]
+        lost = slot.policy & ~PolicyKind.PCRS
+        if lost:
+            _log.warning(
+                "the key of %r opens without %s now; `sealfs key reseal` sets it again",
+                recovered.vm_id,
+                reports.policy_text(lost),
+            )
+        return Protection(slot.pcrs)
 
 
 def _slots_of(slots: Sequence[bytes], binding: bytes) -> tuple[bytes, ...]:

@@ -45,6 +45,7 @@ KEYS_DIRECTORY: Final = "keys"
 TPM_DIRECTORY: Final = "tpm"
 IMAGES_DIRECTORY: Final = "images"
 """One empty file for each image that was ever open here, to be locked."""
+POLICIES_DIRECTORY: Final = "policies"
 HOST_FILE: Final = "host.record"
 HOST_PENDING_FILE: Final = "host.pending"
 REGISTRY_FILE: Final = "registry"
@@ -54,6 +55,7 @@ LOCK_FILE: Final = "lock"
 REPLACED_SUFFIX: Final = ".replaced"
 """Of what is left of a host whose TPM was replaced."""
 RECORD_SUFFIX: Final = ".slot"
+POLICY_SUFFIX: Final = ".policy"
 TEMPORARY_PREFIX: Final = ".new-"
 
 
@@ -360,6 +362,34 @@ class StateDir:
                 self.keys_directory, f"cannot be read: {error.strerror}"
             ) from error
         return sorted(f"{KEYS_DIRECTORY}/{name}" for name in found if name.endswith(RECORD_SUFFIX))
+
+    def policy_names(self) -> list[str]:
+        """Return the names of all signed policies, relative to the state directory, sorted."""
+        try:
+            found = os.listdir(self.path / POLICIES_DIRECTORY)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise KeyRecordDamaged(
+                self.path / POLICIES_DIRECTORY, f"cannot be read: {error.strerror}"
+            ) from error
+        return sorted(
+            f"{POLICIES_DIRECTORY}/{name}" for name in found if name.endswith(POLICY_SUFFIX)
+        )
+
+    def make_room(self, directory: str) -> None:
+        """Make a directory (0700) of the state directory where it is missing; durable on return.
+
+        Raises:
+            StorageFailed: it cannot be made.
+        """
+        try:
+            (self.path / directory).mkdir(mode=0o700, exist_ok=True)
+            _sync_directory(self.path)
+        except OSError as error:
+            raise StorageFailed(
+                self.path / directory, f"cannot be made: {error.strerror}"
+            ) from error
 
     def record_file(self, kmi: str) -> str:
         """Return the name of a KMI's record, relative to the state directory."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
-from sealfs.keys.tpm_context import Bridge, TpmContext, open_esapi  # isort: skip  # TSS2_LOG first
+from sealfs.keys.tpm_context import Bridge, open_esapi  # isort: skip  # TSS2_LOG first
+from sealfs.keys.tpm_policies import TpmPolicies  # isort: skip
 from tpm2_pytss import ESYS_TR, TSS2_Exception
-from tpm2_pytss.constants import TPM2_CAP, TPM2_SE, TPM2_SU
+from tpm2_pytss.constants import TPM2_SE, TPM2_SU
 from tpm2_pytss.types import (
     TPM2_HANDLE,
     TPM2B_PRIVATE,
@@ -26,9 +26,10 @@ from tpm2_pytss.types import (
     TPMS_SENSITIVE_CREATE,
 )
 
-from sealfs.errors import KeyRefused, TpmUnavailable, UsageError
+from sealfs.errors import KeyRefused, TpmUnavailable, UsageError, WrongPin
 from sealfs.keys import tpm_errors, tpm_templates
 from sealfs.keys.hostrecord import NAME_SIZE, SealedObject, StorageKeyKind, StorageKeyPin
+from sealfs.keys.signed import SignedPolicy
 from sealfs.keys.swtpm import Channel
 from sealfs.keys.tpm_errors import Act
 
@@ -36,16 +37,6 @@ PERSISTENT_HANDLE: Final = 0x81000001
 """TCG TPM v2.0 Provisioning Guidance §7.5.1: the storage root key; systemd uses the same."""
 SEALED_SIZE_MAX: Final = 128
 """MAX_SYM_DATA, TPM 2.0 Part 2 §11.1.14."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lockout:
-    """The TPM's dictionary attack state (TPM 2.0 Part 1 §19.8)."""
-
-    locked: bool
-    failures: int
-    failures_max: int
-    recovery_s: int
 
 
 @contextlib.contextmanager
@@ -71,7 +62,7 @@ def open_tpm(link: Channel | str, subject: str, *, shutdown: bool) -> Iterator[T
             tpm.close(shutdown=shutdown)
 
 
-class Tpm(TpmContext):
+class Tpm(TpmPolicies):
     """One open TPM. `provision` or `attach` comes before everything that needs the storage key."""
 
     def __init__(self, esapi: Any, tcti: Any, subject: str, bridge: Bridge | None) -> None:
@@ -213,12 +204,26 @@ class Tpm(TpmContext):
 
     # Secrets
 
-    def seal(self, payload: bytes | bytearray, *, policy_digest: bytes = b"") -> SealedObject:
-        """Seal at most 128 bytes under the storage key (TPM 2.0 Part 3 TPM2_Create)."""
+    def seal(
+        self,
+        payload: bytes | bytearray,
+        *,
+        policy_digest: bytes = b"",
+        pin: bytes | bytearray = b"",
+    ) -> SealedObject:
+        """Seal at most 128 bytes under the storage key (TPM 2.0 Part 3 TPM2_Create).
+
+        Args:
+            payload: What is sealed.
+            policy_digest: What it opens by, nothing for an object without a policy.
+            pin: Its authValue, where the policy asks for one.
+        """
         if not 1 <= len(payload) <= SEALED_SIZE_MAX:
             raise ValueError(f"cannot seal {len(payload)} bytes")
-        template = tpm_templates.sealed_template(policy_digest)
-        sensitive = TPM2B_SENSITIVE_CREATE(TPMS_SENSITIVE_CREATE(userAuth=b"", data=bytes(payload)))
+        template = tpm_templates.sealed_template(policy_digest, has_pin=bool(pin))
+        sensitive = TPM2B_SENSITIVE_CREATE(
+            TPMS_SENSITIVE_CREATE(userAuth=bytes(pin), data=bytes(payload))
+        )
 
         def work() -> SealedObject:
             with self._session(TPM2_SE.HMAC) as session:
@@ -230,16 +235,30 @@ class Tpm(TpmContext):
         return self._run(Act.SEAL, work)
 
     def unseal(
-        self, sealed: SealedObject, *, pcrs: Sequence[int] = (), subject: object = None
+        self,
+        sealed: SealedObject,
+        *,
+        pcrs: Sequence[int] = (),
+        pin: bytes | bytearray = b"",
+        approval: SignedPolicy | None = None,
+        nv_auth: bytes | bytearray = b"",
+        subject: object = None,
     ) -> bytearray:
         """Return the payload of a sealed object (TPM2_Load, TPM2_Unseal).
+
+        With a PIN at most one try is made, and none that would lock the TPM if it were wrong.
 
         Args:
             sealed: As `seal` returned it.
             pcrs: The PCRs of its policy, none for an object without one.
+            pin: Its authValue, where its policy asks for one.
+            approval: A signed policy, where its policy asks for one.
+            nv_auth: The authorisation of the counter that limits `approval`.
             subject: Whose key it is, for messages.
 
         Raises:
+            WrongPin: with the tries that are left.
+            LockedOut: no PIN is tried now.
             KeyRefused: the PCRs are not those it was sealed to, or another TPM sealed it.
             KeyRecordDamaged: the object was altered.
         """
@@ -256,16 +275,28 @@ class Tpm(TpmContext):
                 )
 
         def work() -> bytearray:
-            kind = TPM2_SE.POLICY if pcrs else TPM2_SE.HMAC
+            kind = TPM2_SE.POLICY if pcrs or pin or approval else TPM2_SE.HMAC
             with self._loaded(handle), self._session(kind) as session:
+                # In the order of `policy.slot_policy`.
+                if approval is not None:
+                    self._approve(session, approval, nv_auth)
                 if pcrs:
                     # An empty digest: the TPM takes its present values.
                     self._plain("policy_pcr", session, b"", tpm_templates.pcr_selection(pcrs))
+                if pin:
+                    # Not PolicyPassword: that sends the PIN itself, this proves it by an HMAC.
+                    self._plain("tr_set_auth", handle, bytes(pin))
+                    self._plain("policy_auth_value", session)
                 data = self._secret(session, "unseal", handle)
                 return bytearray(bytes(data))
 
+        if pin:
+            self._check_tries(about)
         handle = self._run(Act.LOAD, load, about)
-        return self._run(Act.UNSEAL, work, about)
+        try:
+            return self._run(Act.PIN if pin else Act.UNSEAL, work, about)
+        except WrongPin:
+            raise WrongPin(about, self.lockout().tries_left) from None
 
     def random(self, size: int) -> bytes:
         """Return random bytes of the TPM, encrypted on the way (TPM2_GetRandom)."""
@@ -312,28 +343,11 @@ class Tpm(TpmContext):
 
         return self._run(Act.READ, work)
 
-    def lockout(self) -> Lockout:
-        """Return the dictionary attack state."""
-
-        def work() -> Lockout:
-            # TPM 2.0 Part 2 §6.13: TPM_PT_PERMANENT and TPM_PT_LOCKOUT_COUNTER and after.
-            _, answer = self._plain("get_capability", TPM2_CAP.TPM_PROPERTIES, 0x200, 32)
-            listed = answer.data.tpmProperties
-            found = {int(item.property): int(item.value) for item in listed}
-            return Lockout(
-                locked=bool(found.get(0x200, 0) & 1 << 9),
-                failures=found.get(0x20E, 0),
-                failures_max=found.get(0x20F, 0),
-                recovery_s=found.get(0x210, 0),
-            )
-
-        return self._run(Act.READ, work)
-
     # NV counter
 
-    def counter_define(self, index: int, auth: bytes | bytearray) -> bool:
+    def counter_define(self, index: int, auth: bytes | bytearray, label: bytes = b"") -> bool:
         """Define a counter and make its first increment; False when the index is taken."""
-        public = tpm_templates.counter_public(index)
+        public = tpm_templates.counter_public(index, label)
 
         def work() -> bool:
             with self._session(TPM2_SE.HMAC) as session:
@@ -394,13 +408,3 @@ class Tpm(TpmContext):
                 self._secret(session, "nv_undefine_space", handle)
 
         self._run(Act.COUNTER, work)
-
-    @contextlib.contextmanager
-    def _counter(self, index: int, auth: bytes | bytearray) -> Iterator[Any]:
-        handle = self._plain("tr_from_tpmpublic", TPM2_HANDLE(index))
-        try:
-            self._plain("tr_set_auth", handle, bytes(auth))
-            yield handle
-        finally:
-            with contextlib.suppress(TSS2_Exception):
-                self._plain("tr_close", handle)

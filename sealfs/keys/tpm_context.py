@@ -56,6 +56,8 @@ _SECRET_CALLS: Final = {
     "nv_undefine_space": 0,
     "nv_increment": 0,
     "nv_read": _OUT,
+    "policy_nv": _IN,
+    "dictionary_attack_parameters": 0,
 }
 # Calls that neither carry nor return a secret, or that come before a storage key exists.
 _PLAIN_CALLS: Final = frozenset(
@@ -63,6 +65,10 @@ _PLAIN_CALLS: Final = frozenset(
         "create_primary",
         "flush_context",
         "get_capability",
+        "load_external",
+        "nv_read_public",
+        "policy_auth_value",
+        "policy_authorize",
         "policy_pcr",
         "read_public",
         "shutdown",
@@ -74,6 +80,7 @@ _PLAIN_CALLS: Final = frozenset(
         "tr_serialize",
         "tr_set_auth",
         "trsess_set_attributes",
+        "verify_signature",
     }
 )
 

@@ -9,7 +9,14 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
-from sealfs.errors import KeyRecordDamaged, KeyRefused, KeyServiceError, TpmUnavailable
+from sealfs.errors import (
+    KeyRecordDamaged,
+    KeyRefused,
+    KeyServiceError,
+    LockedOut,
+    TpmUnavailable,
+    WrongPin,
+)
 
 ESAPI_LAYER: Final = 7
 MARSHAL_LAYER: Final = 9
@@ -22,8 +29,11 @@ OBJECT_MEMORY: Final = 0x902
 SESSION_MEMORY: Final = 0x903
 AUTH_FAIL: Final = 0x08E
 HANDLE: Final = 0x08B
+VALUE: Final = 0x084
+SIGNATURE: Final = 0x09B
 POLICY_FAIL: Final = 0x09D
 BAD_AUTH: Final = 0x0A2
+POLICY_NV: Final = 0x126
 PCR_CHANGED: Final = 0x128
 AUTH_UNAVAILABLE: Final = 0x12F
 NV_AUTHORIZATION: Final = 0x149
@@ -51,6 +61,7 @@ class Act(Enum):
     SEAL = "seal a key"
     LOAD = "load a key record"
     UNSEAL = "unseal a key"
+    PIN = "unseal a key with its PIN"
     READ = "read the TPM's state"
     COUNTER = "use the NV counter"
 
@@ -89,7 +100,13 @@ def error_of(code: int, act: Act, subject: object, cause: str | None = None) -> 
         return KeyRecordDamaged(
             subject, f"its sealed object is not one this TPM made, or was altered ({code:#x})"
         )
+    if known == LOCKOUT:
+        return LockedOut(subject, f"{_LOCKED_OUT} ({code:#x})")
+    if act is Act.PIN and known == AUTH_FAIL:
+        return WrongPin(subject, None)
     sentence = _REFUSALS.get(known)
+    if sentence is None and act in (Act.UNSEAL, Act.PIN):
+        sentence = _UNAPPROVED.get(known)
     if sentence is not None:
         return KeyRefused(subject, f"{sentence} ({code:#x})")
     if known in (AUTH_FAIL, BAD_AUTH):
@@ -99,13 +116,22 @@ def error_of(code: int, act: Act, subject: object, cause: str | None = None) -> 
     )
 
 
+_LOCKED_OUT: Final = (
+    "the TPM is locked out after failed authorisations; it recovers by itself, one try for each "
+    "recovery interval"
+)
+
+_UNAPPROVED: Final = {
+    VALUE: "the signed policy is not for the present state of this host",
+    SIGNATURE: "the signature of the signed policy does not verify: it was altered",
+    POLICY_NV: "the signed policy was revoked",
+}
+
 _REFUSALS: Final = {
     POLICY_FAIL: "the platform state (PCRs) is not the one this key was sealed to: firmware, boot "
     "loader or kernel changed, or somebody else's did; the recovery key opens it",
     PCR_CHANGED: "a PCR changed while the key was being opened; try again",
     AUTH_UNAVAILABLE: "this key opens by its policy only, and its record names none: it was edited",
-    LOCKOUT: "the TPM is locked out after failed authorisations; it recovers by itself, one try "
-    "for each recovery interval",
     HANDLE: "the TPM does not hold what was set up at init: it was cleared or is another one",
 }
 

@@ -20,6 +20,7 @@ from tpm2_pytss.types import (
     TPMT_KDF_SCHEME,
     TPMT_KEYEDHASH_SCHEME,
     TPMT_PUBLIC,
+    TPMT_SIGNATURE,
     TPMT_SYM_DEF,
     TPMT_SYM_DEF_OBJECT,
     TPMU_PUBLIC_PARMS,
@@ -29,7 +30,7 @@ from tpm2_pytss.types import (
 
 from sealfs.keys import policy
 
-COUNTER_SIZE = 8
+COUNTER_SIZE = policy.COUNTER_SIZE
 
 
 def storage_template() -> Any:
@@ -82,13 +83,15 @@ def is_storage_key(public: bytes) -> bool:
     return int(found.publicArea.objectAttributes) & wanted == wanted
 
 
-def sealed_template(policy_digest: bytes) -> Any:
+def sealed_template(policy_digest: bytes, *, has_pin: bool = False) -> Any:
     """A KEYEDHASH object that holds data (TPM 2.0 Part 1 §27.6.2).
 
-    Without a policy its (empty) auth value opens it. There is no PIN, hence NODA: a failure must
-    not count against the dictionary attack limit.
+    Without a policy its (empty) auth value opens it. NODA unless it has a PIN: only a wrong PIN
+    may count against the dictionary attack limit.
     """
-    attributes = TPMA_OBJECT.FIXEDTPM | TPMA_OBJECT.FIXEDPARENT | TPMA_OBJECT.NODA
+    attributes = TPMA_OBJECT.FIXEDTPM | TPMA_OBJECT.FIXEDPARENT
+    if not has_pin:
+        attributes |= TPMA_OBJECT.NODA
     if not policy_digest:
         attributes |= TPMA_OBJECT.USERWITHAUTH
     return TPM2B_PUBLIC(
@@ -106,10 +109,11 @@ def sealed_template(policy_digest: bytes) -> Any:
     )
 
 
-def counter_public(index: int) -> Any:
+def counter_public(index: int, label: bytes = b"") -> Any:
     """An NV counter that only its own authorisation reads and increments.
 
-    Not ORDERLY: that saves wear, but after an unclean stop the value jumps ahead.
+    Not ORDERLY: that saves wear, but after an unclean stop the value jumps ahead. `label` stands
+    where a policy would, and so in its Name; no attribute lets anybody use it as one.
     """
     return TPM2B_NV_PUBLIC(
         nvPublic=TPMS_NV_PUBLIC(
@@ -119,9 +123,20 @@ def counter_public(index: int) -> Any:
             | TPMA_NV.AUTHWRITE
             | TPMA_NV.NO_DA
             | (TPM2_NT.COUNTER << TPMA_NV.TPM2_NT_SHIFT),
+            authPolicy=label,
             dataSize=COUNTER_SIZE,
         )
     )
+
+
+def signer_public(signer: bytes) -> Any:
+    """A signer's public area, as TPM2_LoadExternal takes it."""
+    return TPM2B_PUBLIC.unmarshal(len(signer).to_bytes(2, "big") + signer)[0]
+
+
+def signature_of(raw: bytes) -> Any:
+    """A marshalled signature."""
+    return TPMT_SIGNATURE.unmarshal(raw)[0]
 
 
 def session_cipher() -> Any:

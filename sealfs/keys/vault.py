@@ -7,9 +7,11 @@ use of it; `protect` needs the state lock as well.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sealfs.errors import (
@@ -19,12 +21,20 @@ from sealfs.errors import (
     KeyRecordDamaged,
     KeyRefused,
     KeyServiceError,
+    LockedOut,
+    PinNeeded,
     TpmUnavailable,
+    WrongPin,
 )
-from sealfs.keys import policy, records, recovery, reports, wire
+from sealfs.keys import labels, policy, records, recovery, reports, wire
+from sealfs.keys.access import EMBEDDED
 from sealfs.keys.host import Host
 from sealfs.keys.hostrecord import RecoveryKind
+from sealfs.keys.pin import authorisation
+from sealfs.keys.policies import Policies
+from sealfs.keys.protection import Protection
 from sealfs.keys.records import KeyRecord, Origin, PolicyKind, TpmSlot
+from sealfs.keys.signed import SignedPolicy
 from sealfs.keys.statedir import HeldLock
 from sealfs.keys.vmkey import VmKey, wipe
 
@@ -40,6 +50,7 @@ class Vault:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._state = host.state
+        self.policies = Policies(host)
 
     # Finding and reading
 
@@ -89,38 +100,58 @@ class Vault:
     # Opening and making
 
     def protect(
-        self, key: VmKey, origin: Origin, pcrs: tuple[int, ...], tpm: Tpm, held: HeldLock
+        self, key: VmKey, origin: Origin, wanted: Protection, tpm: Tpm, held: HeldLock
     ) -> None:
         """Seal a key, prove that it opens, write its record; durable on return."""
-        values = tpm.pcr_values(pcrs) if pcrs else ()
-        digest = policy.pcr_policy(pcrs, values) if pcrs else b""
-        with key.secret() as secret:
-            payload = records.vm_payload(key.vm_id, key.kmi, secret)
-        try:
-            sealed = tpm.seal(payload, policy_digest=digest)
-        finally:
-            wipe(payload)
-        slot = TpmSlot(
-            PolicyKind.PCRS if pcrs else PolicyKind.NONE,
-            pcrs,
-            values,
-            self._host.record.storage_key.name,
-            sealed,
-        )
+        slot = self.make_slot(key, wanted, tpm)
         record = KeyRecord(
             key.kmi, key.vm_id, int(time.time()), origin, (slot,), key.recovery_slots
         )
+        record = self.proved(record, key, wanted, tpm)
+        # Crash here: no record, and nothing is sealed under this key yet.
+        self._state.write(self._state.record_file(key.kmi), record.encode(), held)
+
+    def make_slot(self, key: VmKey, wanted: Protection, tpm: Tpm) -> TpmSlot:
+        """Seal a key as it is wanted; nothing is proved or written."""
+        values = tpm.pcr_values(wanted.pcrs) if wanted.pcrs else ()
+        ref = labels.SIGNED_POLICY_REF if wanted.signer else b""
+        digest = policy.slot_policy(
+            signer_name=policy.name_of(wanted.signer) if wanted.signer else b"",
+            policy_ref=ref,
+            pcrs=wanted.pcrs,
+            values=values,
+            pin=wanted.pin is not None,
+        )
+        if wanted.pin is not None and self._host.access.spec == EMBEDDED:
+            tpm.stop_counting()
+        with (
+            key.secret() as secret,
+            _authorisation(wanted.pin, key.vm_id, key.kmi) as auth,
+        ):
+            payload = records.vm_payload(key.vm_id, key.kmi, secret)
+            try:
+                sealed = tpm.seal(payload, policy_digest=digest, pin=auth)
+            finally:
+                wipe(payload)
+        name = self._host.record.storage_key.name
+        return TpmSlot(wanted.policy, wanted.pcrs, values, name, sealed, wanted.signer, ref)
+
+    def proved(self, record: KeyRecord, key: VmKey, wanted: Protection, tpm: Tpm) -> KeyRecord:
+        """Return a record with its MAC, after its newest slot gave the key by a real unseal.
+
+        Raises:
+            KeyRefused, TpmUnavailable: it did not.
+        """
         with key.record_mac_key() as mac_key:
             record = record.with_mac(mac_key)
         with (
-            self.open_record(record, tpm) as proof,
+            self.open_slot(record, record.tpm_slots[-1], tpm, wanted.pin) as proof,
             key.secret() as ours,
             proof.secret() as theirs,
         ):
             if not hmac.compare_digest(ours, theirs):
                 raise TpmUnavailable(key.vm_id, "the TPM gave back another key than was sealed")
-        # Crash here: no record, and nothing is sealed under this key yet.
-        self._state.write(self._state.record_file(key.kmi), record.encode(), held)
+        return record
 
     def add_own_recipient(self, key: VmKey) -> None:
         """Wrap the key to this host's recovery recipient, unless a slot of it is there."""
@@ -137,40 +168,101 @@ class Vault:
             slot = recovery.wrap(secret, host.recipient, vm_id=key.vm_id, kmi=key.kmi)
         key.recovery_slots = (*key.recovery_slots, slot)
 
-    def open_record(self, record: KeyRecord, tpm: Tpm) -> VmKey:
-        """Return the key from the first slot that opens; raise the first slot's error."""
-        first: KeyServiceError | None = None
-        for slot in record.tpm_slots:
+    def check_pin(self, record: KeyRecord, pin: bytearray | None) -> None:
+        """Refuse at once, before any use of the TPM, what needs a PIN and has none.
+
+        Raises:
+            PinNeeded: every slot of this TPM asks for a PIN.
+        """
+        own = self._host.record.storage_key.name
+        ours = [slot for slot in record.tpm_slots if slot.storage_key_name == own]
+        if pin is None and ours and all(slot.policy & PolicyKind.PIN for slot in ours):
+            raise PinNeeded(record.vm_id, "its key opens with its PIN only")
+
+    def open_record(self, record: KeyRecord, tpm: Tpm, pin: bytearray | None = None) -> VmKey:
+        """Return the key from the first slot that opens.
+
+        Slots without a PIN come first, newest first; then, where a PIN is given, each slot that
+        takes one is tried with it once.
+
+        Raises:
+            WrongPin, LockedOut: from a slot that takes the PIN.
+            PinNeeded: there is such a slot, no PIN was given, and no other slot opens.
+            KeyServiceError: otherwise the newest slot's own error.
+        """
+        self.check_pin(record, pin)
+        failed: list[KeyServiceError] = []
+        for slot in records.opening_order(record.tpm_slots):
             try:
-                return self.open_slot(record, slot, tpm)
+                return self.open_slot(record, slot, tpm, pin)
             except TpmUnavailable:
                 raise
             except KeyServiceError as error:
-                first = first or error
-        raise first or KeyRefused(record.vm_id, "its record has no slot for a TPM")
+                failed.append(error)
+        # What the user can do something about says more than what he knows.
+        for kind in (LockedOut, WrongPin, PinNeeded, KeyServiceError):
+            found = next((one for one in failed if isinstance(one, kind)), None)
+            if found is not None:
+                raise found
+        raise KeyRefused(record.vm_id, "its record has no slot for a TPM")
 
-    def open_slot(self, record: KeyRecord, slot: TpmSlot, tpm: Tpm) -> VmKey:
+    def open_slot(
+        self, record: KeyRecord, slot: TpmSlot, tpm: Tpm, pin: bytearray | None = None
+    ) -> VmKey:
         """Return the key of one slot: unsealed, bound to this VM, the record authentic under it.
 
         Raises:
+            PinNeeded: it takes a PIN, and none was given; it was not tried.
+            WrongPin, LockedOut: see `Tpm.unseal`.
             KeyRefused: another TPM sealed it, or its policy refuses.
             KeyRecordDamaged: swapped, edited or damaged.
         """
+        vm_id = record.vm_id
         if slot.storage_key_name != self._host.record.storage_key.name:
             raise KeyRefused(
-                record.vm_id,
+                vm_id,
                 "its key was sealed by another TPM than this host's; the recovery key opens it",
             )
-        payload = tpm.unseal(slot.sealed, pcrs=slot.pcrs, subject=record.vm_id)
+        takes_pin = bool(slot.policy & PolicyKind.PIN)
+        if takes_pin and pin is None:
+            raise PinNeeded(vm_id, "its key opens with its PIN only")
+        approval = self.policies.fitting(slot, tpm, vm_id) if slot.signer else None
+        with (
+            _authorisation(pin if takes_pin else None, vm_id, record.kmi) as auth,
+            self._counter_authorisation(approval) as nv_auth,
+        ):
+            payload = tpm.unseal(
+                slot.sealed,
+                pcrs=slot.pcrs,
+                pin=auth,
+                approval=approval,
+                nv_auth=nv_auth,
+                subject=vm_id,
+            )
         try:
-            raw_key = records.open_vm_payload(payload, record.vm_id, record.kmi)
+            raw_key = records.open_vm_payload(payload, vm_id, record.kmi)
         finally:
             wipe(payload)
-        key = VmKey(
-            raw_key, vm_id=record.vm_id, kmi=record.kmi, recovery_slots=record.recovery_slots
-        )
+        key = VmKey(raw_key, vm_id=vm_id, kmi=record.kmi, recovery_slots=record.recovery_slots)
         with key.record_mac_key() as mac_key:
             if record.is_authentic(mac_key):
                 return key
         key.wipe()
-        raise KeyRecordDamaged(record.vm_id, "its key record does not authenticate: it was edited")
+        raise KeyRecordDamaged(vm_id, "its key record does not authenticate: it was edited")
+
+    def _counter_authorisation(
+        self, approval: SignedPolicy | None
+    ) -> contextlib.AbstractContextManager[bytearray]:
+        if approval is None or approval.limit is None:
+            return contextlib.nullcontext(bytearray())
+        return self._host.nv_authorisation()
+
+
+@contextlib.contextmanager
+def _authorisation(pin: bytearray | None, vm_id: str, kmi: str) -> Iterator[bytearray]:
+    """Lend the authValue for a PIN, nothing where there is none."""
+    if pin is None:
+        yield bytearray()
+        return
+    with authorisation(pin, records.binding(vm_id, kmi)) as auth:
+        yield auth

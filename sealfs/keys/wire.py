@@ -64,11 +64,13 @@ class Reader:
         self._position = len(expected)
 
     def version(self, supported: int, what: str, *, oldest: int | None = None) -> int:
-        """Return the format version, one from `oldest` to `supported`."""
+        """Return the version: `supported`, or one from `oldest` on where older ones are read."""
         found = self.number(2)
-        if not (supported if oldest is None else oldest) <= found <= supported:
+        first = supported if oldest is None else oldest
+        if not first <= found <= supported:
+            reads = f"{supported}" if first == supported else f"{first} to {supported}"
             raise FormatError(
-                self.subject, f"{what} has format version {found}, this sealfs reads {supported}"
+                self.subject, f"{what} has format version {found}, this sealfs reads {reads}"
             )
         return found
 

@@ -257,18 +257,22 @@ def find_mount(path: Path, run_dir: Path | None = None) -> RunningMount | None:
     """
     wanted = os.path.realpath(path)
     best: tuple[tuple[int, bool], RunningMount] | None = None
-    for socket_path in sorted((run_dir or run_directory()).glob("*.sock")):
-        try:
-            status = _status_of(socket_path)
-        except SealfsError:
-            continue
-        for place in (status["mountpoint"], status["source"]):
+    for mount in running_mounts(run_dir):
+        for place in (mount.status["mountpoint"], mount.status["source"]):
             # The deepest place wins: mounts may lie below one another's directories. Of two at
             # one place the one that is on top, not the one that was unmounted lazily.
-            rank = (len(place), status["is_mounted"])
+            rank = (len(place), mount.status["is_mounted"])
             if _is_at_or_below(wanted, place) and (best is None or rank > best[0]):
-                best = (rank, RunningMount(socket_path, status))
+                best = (rank, mount)
     return None if best is None else best[1]
+
+
+def running_mounts(run_dir: Path | None = None) -> Iterator[RunningMount]:
+    """Find this user's mounts; one whose daemon is gone or does not answer is left out."""
+    for socket_path in sorted((run_dir or run_directory()).glob("*.sock")):
+        with contextlib.suppress(SealfsError):
+            status = _status_of(socket_path)
+            yield RunningMount(socket_path, status)
 
 
 def _status_of(socket_path: Path) -> Document:

@@ -88,6 +88,11 @@ class Keys(Protocol):
     def ledger(self) -> Ledger: ...
     def image_key(self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes) -> bytearray: ...
     def new_image_key(self, vm_id: str, image_uuid: bytes) -> NewImageKey: ...
+    def unlock(self, vm_id: str, pin: bytearray) -> None: ...
+    def lock(self, vm_id: str) -> bool: ...
+    def unlocked(self) -> Sequence[str]: ...
+    @property
+    def state_path(self) -> Path: ...
     def lock_image(self, subject: object, image_uuid: bytes, *, shared: bool) -> ImageLock: ...
 
 
@@ -95,12 +100,19 @@ class Opener:
     """Opens, makes, moves and removes sealed files, keeping the registry in step."""
 
     def __init__(self, keys: Keys, cache: BlockCache, *, read_only: bool) -> None:
-        self._keys = keys
+        self.keys = keys
         self._cache = cache
         self._read_only = read_only
         self._lock = threading.Lock()
         self._vm_ids: dict[str, str] = {}
         self._sizes: dict[tuple[int, int], tuple[int, int, int]] = {}
+
+    def serves(self, vm_id: str, source: Path) -> bool:
+        """Whether an image of a VM is registered below a directory."""
+        return any(
+            entry.vm_id == vm_id and source in Path(entry.path).parents
+            for entry in self.keys.registry.entries()
+        )
 
     def vm_id_of(self, path: Path) -> str:
         """Return the VM id last read from this file, for the log; empty if it was never read."""
@@ -123,19 +135,19 @@ class Opener:
             undo.callback(storage.close)
             identity = read_identity(storage)
             self._remember(path, identity.vm_id)
-            self._keys.registry.check(path, identity.uuid, identity.vm_id)
-            lock = self._keys.lock_image(path, identity.uuid, shared=self._read_only)
+            self.keys.registry.check(path, identity.uuid, identity.vm_id)
+            lock = self.keys.lock_image(path, identity.uuid, shared=self._read_only)
             undo.callback(lock.close)
             key = self._image_key(path, identity)
             undo.callback(wipe, key)
             if not self._read_only:
-                self._keys.ledger.begin()
+                self.keys.ledger.begin()
             image = SealedImage.open(
                 storage,
                 image_key=key,
                 cache=self._cache,
                 read_only=self._read_only,
-                witness=witness(path, identity.uuid, self._keys.ledger),
+                witness=witness(path, identity.uuid, self.keys.ledger),
             )
             undo.pop_all()
         for node in image.rebuilt_nodes:
@@ -163,7 +175,7 @@ class Opener:
         Raises:
             KeyServiceError, StorageFailed, NoSpace: it could not be written.
         """
-        self._keys.ledger.note({uuid: progress_of(state) for uuid, state in images.items()})
+        self.keys.ledger.note({uuid: progress_of(state) for uuid, state in images.items()})
 
     def bump(self) -> None:
         """Bind what was noted to the TPM's counter; durable on return.
@@ -171,7 +183,7 @@ class Opener:
         Raises:
             KeyServiceError: the TPM does not answer, or the ledger is not what it was.
         """
-        self._keys.ledger.bump()
+        self.keys.ledger.bump()
 
     def size_of(self, path: Path, status: os.stat_result) -> int:
         """Return the size of the plain file, from the unverified superblock.
@@ -211,7 +223,7 @@ class Opener:
             raise AlreadyExists(path, "exists")
         temporary = path.parent / f".{uuid.uuid4().hex}.new"  # see `sweep`
         with self._lock:
-            for entry in self._keys.registry.entries():
+            for entry in self.keys.registry.entries():
                 other = Path(entry.path)
                 is_same = other.parent == path.parent and (
                     shares_directory or names.stem(other) == names.stem(path)
@@ -222,7 +234,7 @@ class Opener:
                         path, f'VM id "{vm_id}" belongs to "{entry.path}"; choose another name'
                     )
             image_uuid = uuid.uuid4().bytes
-            new = self._keys.new_image_key(vm_id, image_uuid)
+            new = self.keys.new_image_key(vm_id, image_uuid)
             identity = Identity(
                 uuid=image_uuid,
                 vm_id=vm_id,
@@ -233,9 +245,9 @@ class Opener:
             )
             try:
                 self._create_at(temporary, identity, new.key, owner)
-                self._keys.ledger.accept(image_uuid, NEWBORN)
+                self.keys.ledger.accept(image_uuid, NEWBORN)
                 # Crash here: a line in the ledger that concerns no image.
-                self._keys.registry.add(path, image_uuid, vm_id, replace=True)
+                self.keys.registry.add(path, image_uuid, vm_id, replace=True)
                 # Crash here: an entry without a file; the next create replaces it.
                 os.link(temporary, path)  # unlike rename, never replaces another's file
             except FileExistsError:
@@ -248,11 +260,11 @@ class Opener:
     def remove(self, path: Path) -> None:
         """Remove a sealed file and its registry entry; the VM's key stays."""
         with self._lock:
-            gone = self._keys.registry.lookup(path)
+            gone = self.keys.registry.lookup(path)
             path.unlink()
             sync_directory(path.parent)
             # Crash here: an entry without a file, which the next create replaces.
-            self._keys.registry.remove(path)
+            self.keys.registry.remove(path)
             self._forget(gone)
 
     def move(self, old: Path, new: Path) -> None:
@@ -262,8 +274,8 @@ class Opener:
         """
         moves = list(_moves(old, new))
         with self._lock:
-            gone = self._keys.registry.lookup(new)
-            with self._keys.registry.moving(moves):
+            gone = self.keys.registry.lookup(new)
+            with self.keys.registry.moving(moves):
                 old.rename(new)
                 sync_directory(new.parent)
                 if old.parent != new.parent:
@@ -274,8 +286,8 @@ class Opener:
         """Drop an image that is no more from the ledger, unless it is elsewhere too."""
         if entry is None:
             return
-        if all(other.image_uuid != entry.image_uuid for other in self._keys.registry.entries()):
-            self._keys.ledger.accept(entry.image_uuid, None)
+        if all(other.image_uuid != entry.image_uuid for other in self.keys.registry.entries()):
+            self.keys.ledger.accept(entry.image_uuid, None)
 
     def _create_at(self, path: Path, identity: Identity, key: bytearray, owner: Ownership) -> None:
         storage = FileStorage.create(path)
@@ -297,7 +309,7 @@ class Opener:
         wanted = identity.key_generation
         for generation, wrapped in identity.wrapped_keys:
             if generation == wanted:
-                return self._keys.image_key(identity.kmi, identity.vm_id, identity.uuid, wrapped)
+                return self.keys.image_key(identity.kmi, identity.vm_id, identity.uuid, wrapped)
         raise FormatError(path, f"identity has no image key of generation {wanted}")
 
     def _remember(self, path: Path, vm_id: str) -> None:

@@ -34,6 +34,7 @@ from sealfs.mount.control import ControlServer, Document, RunningMount, run_dire
 from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
 from sealfs.mount.handles import Handles
+from sealfs.mount.keyverbs import KeyVerbs
 from sealfs.mount.lane import Lane
 from sealfs.mount.namespace import Namespace
 from sealfs.mount.options import MountOptions
@@ -102,11 +103,17 @@ class Session:
             on_init=self._on_init,
         )
         self._verbs = ImageVerbs(source, mountpoint, disks=self._disks, namespace=self._namespace)
+        self._key_verbs = KeyVerbs(source, opener=opener, disks=self._disks)
         there = kernel.mounted_at(str(mountpoint))
         self._id = f"{there.minor if there else 0}"
         self._control = ControlServer(
             run_dir / f"{self._id}.sock",
-            {**self._verbs.table(), "status": self._status, "wait": self._wait},
+            {
+                **self._verbs.table(),
+                **self._key_verbs.table(),
+                "status": self._status,
+                "wait": self._wait,
+            },
         )
         self._lane: Lane | None = None
         self._relay: Relay | None = None
@@ -227,6 +234,7 @@ class Session:
     async def _status(self, request: Document) -> Document:
         return {
             **await self._verbs.status(request),
+            **self._key_verbs.status(),
             "mount": self._id,
             "pid": os.getpid(),
             "is_mounted": self.is_mounted(),
