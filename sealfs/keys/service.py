@@ -15,7 +15,7 @@ from __future__ import annotations
 import hmac
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal, Self
@@ -51,11 +51,11 @@ _log = logging.getLogger(__name__)
 class KeyService:
     """The keys of one host; `open` it, or `initialise` the host first."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *, name_of: Callable[[Path], str] | None = None) -> None:
         self._host = host
         self._state = host.state
         self._vault = Vault(host)
-        self.registry = Registry(host.state, host.record.host_id, host.subkey)
+        self.registry = Registry(host.state, host.record.host_id, host.subkey, name_of=name_of)
         self.ledger = Ledger(
             host.state,
             host.record.host_id,
