@@ -114,6 +114,9 @@ class TinyKeys:
     def lock_image(self, subject: object, uuid: bytes, *, shared: bool) -> ImageLock:
         return self._kept.lock_image(subject, uuid, shared=shared)
 
+    def close(self) -> None:
+        pass
+
 
 def seal_new(state: Path, path: Path, *, vm_id: str, size: int) -> None:
     """Make a registered sealed image at `path`."""
@@ -346,9 +349,13 @@ def main() -> int:
     if chosen.fake:
         opener = FakeOpener(chosen.fake)
     else:
+        from sealfs.keys.remote import RemoteKeys
         from sealfs.mount.opener import Opener
 
-        opener = Opener(TinyKeys(chosen.state), cache, read_only=options.read_only)
+        keys: Any = TinyKeys(chosen.state) if options.keyd is None else None
+        if keys is None:
+            keys = RemoteKeys.open(Path(options.keyd or ""))
+        opener = Opener(keys, cache, read_only=options.read_only)
     return session.serve_mount(
         source, mountpoint, options=options, opener=opener, cache=cache,
         run_dir=chosen.run_dir, ready=ready,

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "register": ("images", "Accept an image under its present path."),
     "accept-rollback": ("rollback", "Accept an older image, or an older state directory."),
     "key": ("keys", "Look at keys, try them, recover them."),
+    "keyd": ("keyd", "Hold the keys for mounts, in a process of its own."),
     "doctor": ("doctor", "Say what this host can do, and what to mend."),
 }
 """Command -> (module of this package, its line in `--help`)."""
