@@ -23,7 +23,7 @@ class Running:
     def __init__(self, state: Path, path: Path | None = None, **options: Any) -> None:
         self.path = path or state.parent / "keyd.sock"
         self.opened: list[Any] = []
-        self._make: Callable[[], Any] = options.pop("make", lambda: TinyKeys(state))
+        self._make: Callable[[], Any] = options.pop("make", lambda: TinyKeys(state, str))
         self._options = options
 
     def _open(self) -> Any:

@@ -80,10 +80,10 @@ class TinyCounter:
 class TinyKeys:
     """The key service's interface; a VM id listed in `refused` gets no key."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, name_of: Any = None) -> None:
         self._state = state
         kept = self._kept = StateDir.create(state)
-        self.registry = Registry(kept, bytes(16), _lend_key)
+        self.registry = Registry(kept, bytes(16), _lend_key, name_of=name_of)
         self.ledger = Ledger(
             kept, bytes(16), counter=TinyCounter(state), subkey=_lend_key, subject="ledger"
         )

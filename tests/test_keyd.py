@@ -120,20 +120,21 @@ def test_a_mount_goes_on_while_keyd_is_away(mount: Mounted, disk: Path) -> None:
 class Keyd:
     """`sealfs keyd` in the foreground."""
 
-    def __init__(self, host: Host, *arguments: str) -> None:
+    def __init__(self, host: Host, *, under: tuple[str, ...] = ()) -> None:
         self.host = host
         self.path = host.state / "keyd.sock"
         self.log = host.directory / "keyd.log"
-        self._arguments = arguments
+        self._under = under
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "sealfs.cli.main", "--state", self.host.state, "keyd",
-                   "-v", "--foreground", "--log", self.log, *self._arguments]  # fmt: skip
+        command = [*self._under, sys.executable, "-m", "sealfs.cli.main",
+                   "--state", self.host.state, "keyd", "-v", "--foreground",
+                   "--log", self.log]  # fmt: skip
         self.process = subprocess.Popen(
             [str(word) for word in command],
             cwd=self.host.directory,
-            preexec_fn=_allow_core,
+            preexec_fn=_start_as_anybody,
         )
         wait_until(self._answers)
 
@@ -151,6 +152,12 @@ class Keyd:
         """Resident bytes."""
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * resource.getpagesize()
+
+
+def _start_as_anybody() -> None:
+    """Cores allowed, locked memory limited: keyd sees to both itself."""
+    _allow_core()
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
 
 
 def _allow_core() -> None:
@@ -358,6 +365,14 @@ def test_keyd_cannot_be_looked_into(keyd: Keyd) -> None:
     may_lock = int(re.findall(r"^CapEff:\t(\w+)$", status, re.M)[0], 16) >> 14 & 1
     locked = int(re.findall(r"^VmLck:\s+(\d+) kB$", status, re.M)[0])
     assert bool(locked) == bool(may_lock) == ("memory is not locked" not in keyd.log.read_text())
+
+
+def test_memory_that_may_not_be_locked_is_spoken_of(host: Host) -> None:
+    keyd = Keyd(host, under=("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"))
+    status = Path(f"/proc/{keyd.process.pid}/status").read_text()
+    assert re.search(r"^VmLck:\s+0 kB$", status, re.M)
+    assert "WARNING: memory is not locked, keys may reach swap" in keyd.log.read_text()
+    assert keyd.end() == 0
 
 
 def test_keyd_dies_and_comes_back_under_a_mount(host: Host, keyd: Keyd) -> None:
@@ -585,6 +600,7 @@ def test_100000_mutated_messages(host: Host, keyd: Keyd) -> None:
     assert keyd.process.poll() is None
     assert keyd.size() - before < GROWTH_MAX, (before, keyd.size())
     assert {"", "UsageError"} < kinds
+    print(f"{sum(sent)} messages, {keyd.size() - before} bytes more")
     assert "KeyServiceError" not in kinds, keyd.log.read_text()  # an internal error
 
     keys = RemoteKeys.open(keyd.path)

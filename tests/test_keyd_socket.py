@@ -154,6 +154,18 @@ def test_who_dies_in_a_move_leaves_both_names(running: Running, tmp_path: Path) 
         assert "ends no move" in ask(other, {"verb": "move_end", "done": True})["error"]["detail"]
 
 
+def test_keyd_that_dies_in_a_move_leaves_both_names(running: Running, tmp_path: Path) -> None:
+    keys, image = RemoteKeys.open(running.path), uuid.uuid4().bytes
+    old, new = tmp_path / "old", tmp_path / "new"
+    keys.registry.add(old, image, "a")
+    with pytest.raises(KeydUnavailable), keys.registry.moving([(old, new)]):
+        running.stop()
+    running.start()
+    assert [Path(entry.path).name for entry in keys.registry.entries()] == ["new", "old"]
+    keys.registry.check(new, image, "a")
+    keys.close()
+
+
 def test_the_ledger_is_that_of_the_state_directory(keys: RemoteKeys, tmp_path: Path) -> None:
     ours = TinyKeys(tmp_path / "state").ledger
     images = {uuid.uuid4().bytes: Progress(n, os.urandom(16)) for n in range(1, 600)}
@@ -248,6 +260,26 @@ def test_a_key_is_handed_over_in_memory_that_nobody_can_change() -> None:
                 keyd_wire.read_sealed_memory(descriptor, size, size)
     finally:
         os.close(descriptor)
+
+
+def test_keyd_wipes_the_keys_that_it_hands_over(tmp_path: Path) -> None:
+    class Kept(TinyKeys):
+        def image_key(self, *arguments: Any) -> bytearray:
+            given.append(super().image_key(*arguments))
+            return given[-1]
+
+        def new_image_key(self, *arguments: Any) -> Any:
+            new = super().new_image_key(*arguments)
+            given.append(new.key)
+            return new
+
+    given: list[bytearray] = []
+    with Running(tmp_path / "state", make=lambda: Kept(tmp_path / "state", str)) as running:
+        keys = RemoteKeys.open(running.path)
+        made = keys.new_image_key("web1", bytes(16))
+        assert keys.image_key(made.kmi, "web1", bytes(16), made.wrapped) == made.key != bytes(32)
+        assert given == [bytes(32), bytes(32)]
+        keys.close()
 
 
 def test_memory_that_somebody_can_change_is_refused(tmp_path: Path) -> None:
@@ -383,6 +415,43 @@ def test_a_keyd_that_is_behind_with_its_visitors_is_waited_for(tmp_path: Path) -
     assert "ended before it answered" in str(errors[0])
 
 
+def test_an_answer_that_comes_too_late_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(listener: socket.socket) -> None:
+        for late in (True, False):
+            connection, _ = listener.accept()
+            connections.append(connection)
+            connection.send(keyd_wire.encode({"ok": True, "version": 1}))
+            connection.recv(4096)
+            connection.send(b'{"ok": true}')
+            connection.recv(4096)
+            if late:
+                assert go_on.wait(10)
+            with contextlib.suppress(OSError):
+                connection.send(keyd_wire.encode({"ok": True, "progress": [int(late), "00" * 16]}))
+
+    connections: list[socket.socket] = []
+    go_on = threading.Event()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        keys = RemoteKeys.open(tmp_path / "s")
+        monkeypatch.setattr(remote, "ANSWER_WAIT_S", 10)
+        assert keys._link._idle is not None
+        keys._link._idle._socket.settimeout(0.05)
+        with pytest.raises(KeydUnavailable, match="did not answer"):
+            keys.ledger.find(bytes(16))
+        go_on.set()
+        assert keys.ledger.find(bytes(16)) == Progress(0, bytes(16))
+        keys.close()
+        thread.join(10)
+        for connection in connections:
+            connection.close()
+
+
 def test_another_version_is_refused(tmp_path: Path) -> None:
     def serve(listener: socket.socket) -> None:
         connection, _ = listener.accept()
@@ -418,6 +487,8 @@ def test_what_is_being_answered_is_answered_before_keyd_ends(tmp_path: Path) -> 
     assert entered.wait(10)
     running.broker.stop()
     wait_until(lambda: not running.path.exists())
+    running.thread.join(0.2)
+    assert running.thread.is_alive()
     go_on.set()
     thread.join(10)
     running.thread.join(10)
@@ -563,7 +634,21 @@ def test_two_mounts_side_by_side_one_of_which_is_slow(tmp_path: Path) -> None:
         two.close()
 
 
+def test_moves_are_bounded(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker_module, "ENTRY_COUNT_MAX", 2)
+    move = {"verb": "move", "old": "/a", "new": "/b"}
+    with raw_connection(running.path) as connection:
+        assert [ask(connection, move)["ok"] for _ in range(3)] == [True, True, False]
+
+
 def test_a_group_is_of_one_uid_and_joined_once(running: Running) -> None:
+    token = bytes(16)
+    mine, same, other = (running.broker.join(1, uid, token) for uid in (0, 0, 7))
+    assert mine is same
+    assert mine is not other
+    for uid in (0, 0, 7):
+        running.broker._leave(uid, token)
+    assert not running.groups()
     with raw_connection(running.path, joined=False) as connection:
         for verb, fields in (("begin", {}), ("entries", {}), ("find", {"image": "00" * 16})):
             refused = ask(connection, {"verb": verb, **fields})
@@ -613,6 +698,7 @@ REFUSED: tuple[tuple[str, Any], ...] = (
     ("half a progress", {"verb": "accept", "image": UUID, "progress": [1]}),
     ("an image without progress", {"verb": "note", "images": {UUID: None}}),
     ("too many images", {"verb": "note", "images": {f"{n:032x}": [1, UUID] for n in range(257)}}),
+    ("too large, but for blanks", b'{"verb":"entries"}' + b" " * 70_000),
     ("too large", {"verb": "x" * 70_000}),
 )
 

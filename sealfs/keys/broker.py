@@ -33,8 +33,8 @@ from sealfs.keys.registry import ENTRY_COUNT_MAX, Move, Registry, RegistryFile
 from sealfs.keys.statedir import ImageLock
 from sealfs.keys.vmkey import NewImageKey, wipe
 
-CONNECTIONS_MAX: Final = 256
-CONNECTIONS_PER_UID_MAX: Final = 192
+CONNECTIONS_MAX: Final = 512
+CONNECTIONS_PER_UID_MAX: Final = 448
 SEND_WAIT_S: Final = 10
 """A client that does not take an answer for so long is cut off."""
 FAREWELL_S: Final = 15.0
@@ -200,7 +200,7 @@ class Broker:
         return None
 
     def _serve(self, connection: socket.socket, pid: int, uid: int) -> None:
-        client = _Client(self, uid)
+        client = _Client(self, pid, uid)
         try:
             connection.send(protocol.encode({"ok": True, "version": protocol.PROTOCOL_VERSION}))
             while True:
@@ -221,7 +221,7 @@ class Broker:
             if client.group is not None:
                 self._leave(uid, client.group_id)
 
-    def join(self, uid: int, group_id: bytes) -> _Group:
+    def join(self, pid: int, uid: int, group_id: bytes) -> _Group:
         """Return the group, opened now if this is its first connection."""
         key = (uid, group_id)
         with self._lock:
@@ -233,7 +233,9 @@ class Broker:
         with self._lock:
             found = self._groups.setdefault(key, opened)
             found.connection_count += 1
-        if found is not opened:
+        if found is opened:
+            _log.info("serves process %d of uid %d", pid, uid)
+        else:
             opened.keys.close()
         return found
 
@@ -260,8 +262,9 @@ class Broker:
 class _Client:
     """One connection: what lasts from one request to the next."""
 
-    def __init__(self, broker: Broker, uid: int) -> None:
+    def __init__(self, broker: Broker, pid: int, uid: int) -> None:
         self._broker = broker
+        self._pid = pid
         self._uid = uid
         self.group: _Group | None = None
         self.group_id = b""
@@ -293,7 +296,7 @@ class _Client:
     def do_join(self, group: bytes) -> None:
         if self.group is not None:
             raise UsageError("keyd message", "joins twice")
-        self.group = self._broker.join(self._uid, group)
+        self.group = self._broker.join(self._pid, self._uid, group)
         self.group_id = group
 
     def do_image_key(self, kmi: str, vm_id: str, image: bytes, wrapped: bytes) -> Answer:

@@ -27,7 +27,8 @@ from sealfs.keys.registry import REGISTRY_SIZE_MAX, RegistryEntry, RegistryFile,
 from sealfs.keys.statedir import ImageLock
 from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey
 
-CONNECTIONS_MAX: Final = 4
+CONNECTIONS_MAX: Final = 16
+"""As many as a mount has workers: nothing waits for an unseal that it does not need."""
 ANSWER_WAIT_S: Final = 60.0
 """Several uses of a slow TPM, and the wait for the state lock before each."""
 
@@ -120,7 +121,6 @@ class _Connection:
         return _Answer(fields, descriptors[0] if descriptors else -1)
 
     def _silent(self) -> KeydUnavailable:
-        self.close()  # the answer may come still, and must not be taken for the next one's
         return KeydUnavailable(self._path, f"keyd did not answer for {ANSWER_WAIT_S:g} s")
 
 
@@ -174,7 +174,8 @@ class _Link:
         try:
             yield
         except BaseException as error:
-            # Anything else may have come between a question and its answer.
+            # Anything else may have come between a question and its answer, which must not be
+            # taken for the next one's.
             if not isinstance(error, SealfsError) or isinstance(error, KeydUnavailable):
                 connection.close()
                 raise
