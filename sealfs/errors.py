@@ -116,6 +116,10 @@ class TpmUnavailable(KeyServiceError):
         self.code = code
 
 
+class KeydUnavailable(KeyServiceError):
+    """`sealfs keyd` does not answer, or not to this user."""
+
+
 class HostNotInitialised(KeyServiceError):
     """This host was not set up: the state directory holds no host record."""
 

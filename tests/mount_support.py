@@ -81,14 +81,14 @@ class TinyCounter:
 class TinyKeys:
     """The key service's interface; a VM id listed in `refused` gets no key."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, name_of: Any = None) -> None:
         self._state = state
         self._pins: dict[str, bytes] = {}
         kept = self._kept = StateDir.create(state)
         self.ledger = Ledger(
             kept, bytes(16), counter=TinyCounter(state), subkey=_lend_key, subject="ledger"
         )
-        self.registry = Registry(kept, bytes(16), _lend_key, self.ledger)
+        self.registry = Registry(kept, bytes(16), _lend_key, self.ledger, name_of=name_of)
         with kept.lock() as held:
             if not (state / LEDGER_FILE).exists():
                 kept.write(LEDGER_FILE, ledgers.new(bytes(16), 0, {}, _KEY), held)
@@ -128,6 +128,9 @@ class TinyKeys:
     @property
     def state_path(self) -> Path:
         return self._state.resolve()
+
+    def close(self) -> None:
+        pass
 
 
 def seal_new(state: Path, path: Path, *, vm_id: str, size: int) -> None:
@@ -369,9 +372,13 @@ def main() -> int:
     if chosen.fake:
         opener = FakeOpener(chosen.fake)
     else:
+        from sealfs.keys.remote import RemoteKeys
         from sealfs.mount.opener import Opener
 
-        opener = Opener(TinyKeys(chosen.state), cache, read_only=options.read_only)
+        keys: Any = TinyKeys(chosen.state) if options.keyd is None else None
+        if keys is None:
+            keys = RemoteKeys.open(Path(options.keyd or ""))
+        opener = Opener(keys, cache, read_only=options.read_only)
     return session.serve_mount(
         source, mountpoint, options=options, opener=opener, cache=cache,
         run_dir=chosen.run_dir, ready=ready,

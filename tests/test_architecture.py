@@ -41,7 +41,8 @@ OWNERS: dict[str, tuple[tuple[str, ...], str]] = {
                 "mount/protocol", "keys/hardening"),
                "system calls that Python lacks stay where the kernel is spoken to"),
     "subprocess": (("cli", "keys/swtpm", "mount/kernel"), "few places start programs"),
-    "fcntl": (("image/storage", "keys/statedir", "keys/swtpm", "cli/newborn", "cli/sealed",
+    "fcntl": (("image/storage", "keys/statedir", "keys/swtpm", "keys/broker", "keys/keyd_wire",
+               "cli/newborn", "cli/sealed",
                "cli/sealing", "mount"),
               "locks are taken where files are owned"),
 }  # fmt: skip

@@ -59,6 +59,7 @@ _FAMILIES: tuple[tuple[type[BaseException], ExitCode], ...] = (
     (errors.RolledBack, ExitCode.ROLLBACK),
     (errors.ForeignImage, ExitCode.ROLLBACK),
     (errors.TpmUnavailable, ExitCode.TPM_UNAVAILABLE),
+    (errors.KeydUnavailable, ExitCode.TPM_UNAVAILABLE),
     (errors.HostNotInitialised, ExitCode.EXISTENCE),
     (errors.KeyServiceError, ExitCode.KEY_REFUSED),
     (errors.Busy, ExitCode.BUSY),
@@ -315,6 +316,14 @@ def _no_host(error: BaseException, situation: Situation) -> str:
     return f"sealfs --state {quoted(situation.state)} init"
 
 
+def _no_keyd(error: BaseException, situation: Situation) -> str | None:
+    if "uid" in getattr(error, "detail", ""):
+        return None
+    path = Path(getattr(error, "subject", ""))
+    is_usual = not path.is_absolute() or path == situation.state.absolute() / "keyd.sock"
+    return situation.sealfs("keyd" if is_usual else f"keyd --socket {quoted(path)}")
+
+
 def _rolled_back(error: BaseException, situation: Situation) -> str | None:
     if Path(getattr(error, "subject", "")).parent == situation.state:
         return situation.sealfs("accept-rollback --ledger")
@@ -331,6 +340,7 @@ HINTS: tuple[tuple[type[BaseException], Hint, str], ...] = (
     (errors.UsageError, _senseless, "the message says what is possible; `--help`"),
     (errors.HostNotInitialised, _no_host, ""),
     (errors.TpmUnavailable, _tpm, ""),
+    (errors.KeydUnavailable, _no_keyd, "under systemd `systemctl start sealfs-keyd`"),
     (errors.RecoveryRefused, _nothing, "type it again; `sealfs info IMAGE` names the right one"),
     (errors.KeyNotFound, _no_key, ""),
     (errors.PinNeeded, _pin_needed, "under a mount: `sealfs unlock VM`, once"),

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from sealfs.cli import interrupts
 from sealfs.cli.errors import warn
 from sealfs.cli.settings import Settings, common_options
-from sealfs.keys.service import KeyService
 from sealfs.mount import session
 from sealfs.mount.options import MountOptions
 from sealfs.mount.unshown import KINDS, unshown_files
+
+if TYPE_CHECKING:
+    from sealfs.mount.opener import Keys
 
 LOOKED_AT_MAX = 1000
 NAMED_MAX = 5
@@ -43,27 +47,45 @@ def mount_command(
 
     Options: ro, cache=256M, dirty=64M, allow_other, noallow_other, uid=N, gid=N, mode=OCTAL,
     create=yes|no, vm-id=path|dir, freshness=interval|flush, direct_io, lane=on|off, noexec,
-    noatime, context=...
+    noatime, context=..., keyd[=SOCKET]
     """
     settings.about(mountpoint)
     chosen = MountOptions.parse(options, is_root=os.geteuid() == 0)
     source, mountpoint = session.check_places(source, mountpoint)
-    # A host that is not set up is told here, not by a daemon.
-    KeyService.open(settings.state, tpm=settings.tpm).close()
+    keys = _keys(settings, chosen.keyd)
     if not foreground:
         _warn_of_unshown_files(source)
         _warn_of_hidden_files(mountpoint)
-    state = settings.state.absolute()  # a daemon's working directory is the root
     interrupts.uninstall()
     return session.mount_directory(
         source,
         mountpoint,
         options=chosen,
-        keys=partial(KeyService.open, state, tpm=settings.tpm),
+        keys=keys,
         foreground=foreground,
         log_file=log_file,
         verbose=settings.verbose,
     )
+
+
+def _keys(settings: Settings, keyd: str | None) -> Callable[[], Keys]:
+    """Return what opens the mount's key service: its own, or keyd.
+
+    Opened and closed once: a host that is not set up is told here, not by a daemon. The module of
+    the other way is not even loaded.
+    """
+    state = settings.state.absolute()  # a daemon's working directory is the root
+    if keyd is None:
+        from sealfs.keys.service import KeyService
+
+        KeyService.open(state, tpm=settings.tpm).close()
+        return partial(KeyService.open, state, tpm=settings.tpm)
+    from sealfs.keys.keyd_wire import SOCKET_NAME
+    from sealfs.keys.remote import RemoteKeys
+
+    socket = Path(keyd).absolute() if keyd else state / SOCKET_NAME
+    RemoteKeys.open(socket).close()
+    return partial(RemoteKeys.open, socket)
 
 
 @click.command("umount")

@@ -65,6 +65,16 @@ class Actor:
         return cls(pid, os.getuid(), login_of(pid), os.path.basename(sys.argv[0]) or "python")
 
 
+def actor_of(pid: int, uid: int) -> Actor:
+    """Return another process, which may be gone by now."""
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            program = file.read().strip()
+    except OSError:
+        program = "?"
+    return Actor(pid, uid, login_of(pid), program)
+
+
 def login_of(pid: int) -> int | None:
     """Return the user who logged in (/proc/PID/loginuid), None for a service."""
     try:

@@ -38,8 +38,8 @@ COMPACT_SIZE: Final = 1 << 20
 STATE_MAC_SIZE: Final = 16
 """As many bytes of a record's MAC as the image's anchors keep (image/FORMAT.md 4.1)."""
 ENTRY_COUNT_MAX: Final = 65_535
-REGISTRY_ID: Final = bytes(UUID_SIZE)
-AUDIT_ID: Final = b"\xff" * UUID_SIZE
+REGISTRY_ID: Final = b"sealfs registry\0"
+AUDIT_ID: Final = b"sealfs audit log"
 """No image has these uuids: under them stands how far registry and audit log have come."""
 BURNED: Final = 2
 """Values that a bump moves the counter on by."""

@@ -142,16 +142,35 @@ class RegistryFile:
         return hmac.compare_digest(self.mac, hmac.digest(mac_key, self._body(), "sha256"))
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A move under way: entries by their old paths, by their new ones, and what stood there."""
+
+    sources: frozenset[RegistryEntry]
+    targets: frozenset[RegistryEntry]
+    replaced: frozenset[RegistryEntry]
+
+
 class Registry:
-    """The registry of one host. Any thread, any number of processes."""
+    """The registry of one host. Any thread, any number of processes.
+
+    `name_of` is `canonical`, unless names come from a process that made them canonical already.
+    """
 
     def __init__(
-        self, state: StateDir, host_id: bytes, subkey: SubkeyLender, ledger: Ledger
+        self,
+        state: StateDir,
+        host_id: bytes,
+        subkey: SubkeyLender,
+        ledger: Ledger,
+        *,
+        name_of: Callable[[Path], str] | None = None,
     ) -> None:
         self._state = state
         self._host_id = host_id
         self._subkey = subkey
         self._ledger = ledger
+        self._name_of = canonical if name_of is None else name_of
         self._subject = str(state.path / REGISTRY_FILE)
 
     def entries(self) -> list[RegistryEntry]:
@@ -192,7 +211,7 @@ class Registry:
 
     def lookup(self, path: Path) -> RegistryEntry | None:
         """Return the entry of a sealed file, None where it is not registered."""
-        wanted = canonical(path)
+        wanted = self._name_of(path)
         return next((entry for entry in self.entries() if entry.path == wanted), None)
 
     def check(self, path: Path, image_uuid: bytes, vm_id: str) -> None:
@@ -201,7 +220,7 @@ class Registry:
         Raises:
             ForeignImage: with the innocent and the hostile reason.
         """
-        wanted = canonical(path)
+        wanted = self._name_of(path)
         here = [entry for entry in self.entries() if entry.path == wanted]
         if not here:
             raise ForeignImage(
@@ -232,7 +251,7 @@ class Registry:
         wire.check_identifier(vm_id, "VM id")
         if len(image_uuid) != UUID_SIZE:
             raise ValueError("an image uuid has 16 bytes")
-        new = RegistryEntry(canonical(path), image_uuid, vm_id)
+        new = RegistryEntry(self._name_of(path), image_uuid, vm_id)
 
         def change(found: set[RegistryEntry]) -> set[RegistryEntry]:
             others = {entry for entry in found if entry.path == new.path and entry != new}
@@ -255,24 +274,36 @@ class Registry:
         Args:
             moves: (old path, new path) of sealed files.
         """
-        paths = {canonical(old): canonical(new) for old, new in moves}
+        move = self.begin_move(moves)
+        # Crash here: each image opens under its old path.
+        try:
+            yield
+        except BaseException:
+            self.end_move(move, is_done=False)
+            raise
+        # Crash here: each image opens under its new path; the old entries name no file.
+        self.end_move(move, is_done=True)
+
+    def begin_move(self, moves: Iterable[tuple[Path, Path]]) -> Move:
+        """Register each image under its new path as well; what `moving` does before its body."""
+        paths = {self._name_of(old): self._name_of(new) for old, new in moves}
         before = self.entries()
         sources = {entry for entry in before if entry.path in paths}
         targets = {dataclasses.replace(entry, path=paths[entry.path]) for entry in sources}
         replaced = {entry for entry in before if entry.path in {t.path for t in targets}}
         self._change(lambda found: found | targets)
-        # Crash here: each image opens under its old path.
-        try:
-            yield
-        except BaseException:
-            self._change(lambda found: found - targets | replaced | sources)
-            raise
-        # Crash here: each image opens under its new path; the old entries name no file.
-        self._change(lambda found: (found - sources - replaced) | targets)
+        return Move(frozenset(sources), frozenset(targets), frozenset(replaced))
+
+    def end_move(self, move: Move, *, is_done: bool) -> None:
+        """Register each image under its one path; what `moving` does after its body."""
+        if is_done:
+            self._change(lambda found: (found - move.sources - move.replaced) | move.targets)
+        else:
+            self._change(lambda found: found - move.targets | move.replaced | move.sources)
 
     def remove(self, path: Path) -> None:
         """Forget a sealed file; durable on return. One that is not registered is no error."""
-        wanted = canonical(path)
+        wanted = self._name_of(path)
         self._change(lambda found: {entry for entry in found if entry.path != wanted})
 
     def _change(self, change: Callable[[set[RegistryEntry]], set[RegistryEntry]]) -> None:

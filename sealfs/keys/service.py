@@ -59,7 +59,13 @@ _log = logging.getLogger(__name__)
 class KeyService:
     """The keys of one host; `open` it, or `initialise` the host first."""
 
-    def __init__(self, host: Host, actor: Callable[[], Actor] = Actor.here) -> None:
+    def __init__(
+        self,
+        host: Host,
+        *,
+        actor: Callable[[], Actor] = Actor.here,
+        name_of: Callable[[Path], str] | None = None,
+    ) -> None:
         self._host = host
         self._state = host.state
         self._vault = Vault(host)
@@ -74,7 +80,9 @@ class KeyService:
             subkey=host.subkey,
             subject=str(host.state.path / LEDGER_FILE),
         )
-        self.registry = Registry(host.state, host.record.host_id, host.subkey, self.ledger)
+        self.registry = Registry(
+            host.state, host.record.host_id, host.subkey, self.ledger, name_of=name_of
+        )
         self.audit = AuditLog(host.state, host.subkey, self.ledger, actor)
 
     @staticmethod
@@ -137,7 +145,7 @@ class KeyService:
             HostNotInitialised: `initialise` comes first.
             KeyRecordDamaged, FormatError: the host record cannot be read.
         """
-        return cls(Host.open(state, tpm=tpm), actor)
+        return cls(Host.open(state, tpm=tpm), actor=actor)
 
     def close(self) -> None:
         """Wipe the host secret and the keys of unlocked VMs kept in memory."""

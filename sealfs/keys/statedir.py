@@ -70,6 +70,11 @@ class ImageLock:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
+    def detach(self) -> int:
+        """Give the descriptor away: the lock is held until its last copy is closed."""
+        descriptor, self._descriptor = self._descriptor, -1
+        return descriptor
+
     def close(self) -> None:
         """Let go of it; more than once does no harm."""
         if self._descriptor >= 0:

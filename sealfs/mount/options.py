@@ -57,6 +57,8 @@ class MountOptions:
     bump_interval: float = BUMP_INTERVAL
     spin_ns: int = SPIN_NS
     labels: tuple[str, ...] = ()
+    keyd: str | None = None
+    """Socket of the broker that is asked for keys; empty for that of the state directory."""
 
     @classmethod
     def parse(cls, texts: str | tuple[str, ...] | list[str] = (), *, is_root: bool) -> MountOptions:
@@ -103,6 +105,8 @@ def _apply(options: MountOptions, item: str) -> MountOptions:
             return replace(options, **{field: flag})  # type: ignore[arg-type]
         if name in _ACCEPTED or name.startswith("x-"):
             return options
+        if name == "keyd":
+            return replace(options, keyd="")
         if name == "remount":
             raise UsageError(item, "not while it is served: unmount, and mount it again")
         raise UsageError(item, "unknown mount option")
@@ -135,6 +139,10 @@ def _apply(options: MountOptions, item: str) -> MountOptions:
             return replace(options, lock_wait=_seconds(item, value))
         case "spin":
             return replace(options, spin_ns=1000 * _number(item, value, maximum=1000))
+        case "keyd":
+            if not value:
+                raise UsageError(item, "expected the path of a socket")
+            return replace(options, keyd=value)
         case "fsname" | "subtype" | "comment":
             return options
         case _ if name in LABELS:
