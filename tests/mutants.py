@@ -133,8 +133,8 @@ COMMIT = (
     Mutant(
         "the record comes before its data", "8.2 steps 2 and 4", VOLUME,
         (
-            ("        execute(self.storage, plan)\n        # Crash here: direct data",
-             "        self._late = plan\n        # Crash here: direct data"),
+            ("        execute(self.storage, plan)\n        _give_back(direct)\n",
+             "        self._late = plan\n"),
             ("        execute(self.storage, [(Step.DURABLE, offset, whole)])\n",
              "        execute(self.storage, [(Step.DURABLE, offset, whole)])\n"
              "        execute(self.storage, self._late)\n"),
@@ -143,8 +143,8 @@ COMMIT = (
     ),
     Mutant(
         "a durable record is not applied", "8.2 step 5", VOLUME,
-        (("content, start)\n        self.apply(written.record, written.leaves)\n",
-          "content, start)\n"),),
+        (("frames, start)\n        self.apply(written.record, written.leaves)\n",
+          "frames, start)\n"),),
         (CUTS,),
     ),
     Mutant(
@@ -155,8 +155,8 @@ COMMIT = (
     ),
     Mutant(
         "inline blocks are written home before their record", "8.1; 8.2 step 5", VOLUME,
-        (("payload, inline_entries = self._seal_run(batch.inline, content)\n",
-          "payload, inline_entries = self._seal_run(batch.inline, content)\n"
+        (("payload, inline_entries = self._seal_run(batch.inline, frames)\n",
+          "payload, inline_entries = self._seal_run(batch.inline, frames)\n"
           "        plan.extend(self._home_writes(batch.inline, payload, new_slots))\n"),),
         (CUTS,), is_quick=False,
     ),

@@ -34,7 +34,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sealfs.errors import NoSpace, StorageFailed
-from sealfs.image.plan import Buffer
+from sealfs.image.layout import BLOCK_SIZE
+from sealfs.image.plan import Buffer, Offsets
+from sealfs.image.storage import pieces_of
 
 SECTOR = 512
 PAGE = 4096
@@ -362,6 +364,11 @@ class SimulatedStorage:
             self._point("op")
         if failing:
             raise StorageFailed(self.path, "write failed: simulated")
+
+    def write_blocks(self, offsets: Offsets, content: Buffer) -> None:
+        view = memoryview(content)
+        for at, first, count in pieces_of(offsets):
+            self.write(at, [view[first * BLOCK_SIZE : (first + count) * BLOCK_SIZE]])
 
     def write_durable(self, offset: int, buffers: Sequence[Buffer]) -> None:
         data = b"".join(buffers)

@@ -29,7 +29,7 @@ def sealed(module: Any, epochs: list[int], first: int, counter: int = 0) -> tupl
     for i, epoch in enumerate(epochs):
         frame = frame_of(first + i)
         entries += module.seal_run(
-            KEYS[epoch], PREFIX, epoch, counter + i, [first + i], [frame], out[i * BLOCK_SIZE :]
+            KEYS[epoch], PREFIX, epoch, counter + i, [first + i], frame, [0], out[i * BLOCK_SIZE :]
         )
     return bytes(out[: len(epochs) * BLOCK_SIZE]), entries
 
@@ -124,24 +124,26 @@ def test_sizes_that_do_not_fit_are_our_bug_and_never_a_stray_write() -> None:
         lambda: _blockseal.open_run(KEYS, PREFIX, 0, entries, memoryview(run)[:-1]),
         lambda: _blockseal.open_run(KEYS, bytes(57), 0, entries, memoryview(run)),
         lambda: _blockseal.open_run({1: b"short"}, PREFIX, 0, entries, memoryview(run)),
-        lambda: _blockseal.seal_run(key[:31], PREFIX, 1, 0, [0], [frame], out),
-        lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0], [frame[:-1]], out),
-        lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0, 1], [frame], out),
-        lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0, 1], [frame, frame], out),
-        lambda: _blockseal.seal_run(key, PREFIX, 2**32, 0, [0], [frame], out),
+        lambda: _blockseal.seal_run(key[:31], PREFIX, 1, 0, [0], frame, [0], out),
+        lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0], frame[:-1], [0], out),
+        lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0], frame, [1], out),
+        lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0], frame, [-1], out),
+        lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0, 1], frame, [0], out),
+        lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0, 1], frame, [0, 0], out),
+        lambda: _blockseal.seal_run(key, PREFIX, 2**32, 0, [0], frame, [0], out),
     ):
         with pytest.raises(ValueError, match="size"):
             wrong()
     for wrong in (
         lambda: _blockseal.open_run(KEYS, PREFIX, 0, entries, ciphertext),  # not writable
         lambda: _blockseal.open_run([], PREFIX, 0, entries, memoryview(run)),
-        lambda: _blockseal.seal_run(key, PREFIX, 1, 0, ["0"], [frame], out),
-        lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0], [None], out),
+        lambda: _blockseal.seal_run(key, PREFIX, 1, 0, ["0"], frame, [0], out),
+        lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0], frame, [None], out),
     ):
         with pytest.raises(TypeError):
             wrong()
     with pytest.raises(OverflowError):
-        _blockseal.seal_run(key, PREFIX, 1, 0, [-1], [frame], out)
+        _blockseal.seal_run(key, PREFIX, 1, 0, [-1], frame, [0], out)
     assert run == ciphertext
 
 
@@ -179,7 +181,7 @@ def test_forgetting_wipes_the_keys_of_the_epochs() -> None:
     rows = [EpochRow(1, 1, os.urandom(32))]
     one = cipher.BlockCipher({1: bytearray(os.urandom(32))}, bytes(16), "x", rows)
     one.begin_epoch(rows[0])
-    one.seal_blocks([0], [bytes(BLOCK_SIZE)], memoryview(bytearray(BLOCK_SIZE + 16)))
+    one.seal_blocks([0], bytes(BLOCK_SIZE), [0], memoryview(bytearray(BLOCK_SIZE + 16)))
     (key,) = one._keys.values()
     assert any(key)
     one.forget()

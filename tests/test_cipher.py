@@ -161,8 +161,8 @@ def cipher(
 
 def sealed_by(made: BlockCipher, *blocks: int) -> tuple[bytearray, bytes]:
     out = bytearray(len(blocks) * PAGE + 16)
-    frames = [bytes([block]) * PAGE for block in blocks]
-    entries = made.seal_blocks(blocks, frames, memoryview(out))
+    slab = b"".join(bytes([block]) * PAGE for block in blocks)
+    entries = made.seal_blocks(blocks, slab, range(len(blocks)), memoryview(out))
     return out, entries
 
 
@@ -253,7 +253,7 @@ def test_an_entry_of_an_unknown_epoch_or_key_generation_is_refused() -> None:
 def test_counters_are_burnt_even_when_sealing_fails() -> None:
     made = cipher()
     with pytest.raises(ValueError, match="sizes do not fit"):
-        made.seal_blocks([1, 2, 3], [bytes(PAGE)], memoryview(bytearray(3 * PAGE + 16)))
+        made.seal_blocks([1, 2, 3], bytes(PAGE), [0], memoryview(bytearray(3 * PAGE + 16)))
     _, entries = sealed_by(made, 4)
     assert struct.unpack("<IQ", entries[:12]) == (5, 3)
 

@@ -54,8 +54,8 @@ class Writer:
     def add(self, inline: int = 0, allocs: int = 0, **changes: Any) -> Record:
         blocks = list(range(100, 100 + inline))
         sealed = bytearray(inline * PAGE + 16)
-        frames = [bytes([block]) * PAGE for block in blocks]
-        entries = self.cipher.seal_blocks(blocks, frames, memoryview(sealed))
+        slab = b"".join(bytes([block]) * PAGE for block in blocks)
+        entries = self.cipher.seal_blocks(blocks, slab, range(inline), memoryview(sealed))
         record = Record(
             uuid=UUID, sequence=self.journal.tail.sequence + 1, epoch=3, page=0,
             previous_mac=self.journal.tail.mac, size=1 << 20, inline_blocks=blocks,

@@ -151,7 +151,9 @@ def append(
 def sealed(volume: Volume, blocks: dict[int, bytes]) -> tuple[bytes, bytes]:
     """Return (ciphertext, entries)."""
     view = memoryview(bytearray(len(blocks) * PAGE + TAG_SIZE))
-    entries = volume.cipher.seal_blocks(list(blocks), list(blocks.values()), view)
+    entries = volume.cipher.seal_blocks(
+        list(blocks), b"".join(blocks.values()), range(len(blocks)), view
+    )
     return bytes(view[: len(blocks) * PAGE]), entries
 
 

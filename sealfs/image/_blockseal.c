@@ -53,54 +53,54 @@ static int open_block(EVP_CIPHER_CTX *ctx, const unsigned char *nonce, const uns
 }
 
 PyDoc_STRVAR(seal_run_doc,
-"seal_run(key, prefix, epoch, counter, blocks, frames, out) -> entries\n\n"
-"Seal frames[i], BLOCK_SIZE bytes, as blocks[i] into out, one after the other, with the nonces\n"
-"(epoch, counter + i). Returns the entries, ENTRY_SIZE bytes each, joined.");
+"seal_run(key, prefix, epoch, counter, blocks, slab, frames, out) -> entries\n\n"
+"Seal frame frames[i] of the slab, BLOCK_SIZE bytes each, as blocks[i] into out, one after the\n"
+"other, with the nonces (epoch, counter + i). Returns the entries, ENTRY_SIZE bytes each, joined.");
 
 static PyObject *seal_run(PyObject *self, PyObject *args)
 {
-    Py_buffer key = {0}, prefix = {0}, out = {0}, *frames = NULL;
-    PyObject *blocks_given, *frames_given, *blocks = NULL, *frames_seq = NULL, *entries = NULL;
+    Py_buffer key = {0}, prefix = {0}, slab = {0}, out = {0};
+    PyObject *blocks_given, *frames_given, *blocks = NULL, *frames = NULL, *entries = NULL;
     unsigned long epoch;
     unsigned long long counter;
     uint64_t *indexes = NULL;
-    Py_ssize_t count = 0, taken = 0;
+    const unsigned char **from = NULL;
+    Py_ssize_t count = 0, frame_count = 0;
     EVP_CIPHER_CTX *ctx = NULL;
     int is_sealed = 1;
 
-    if (!PyArg_ParseTuple(args, "y*y*kKOOw*", &key, &prefix, &epoch, &counter, &blocks_given,
-                          &frames_given, &out))
+    if (!PyArg_ParseTuple(args, "y*y*kKOy*Ow*", &key, &prefix, &epoch, &counter, &blocks_given,
+                          &slab, &frames_given, &out))
         return NULL;
     blocks = PySequence_Fast(blocks_given, "blocks is no sequence");
-    frames_seq = PySequence_Fast(frames_given, "frames is no sequence");
-    if (blocks == NULL || frames_seq == NULL)
+    frames = PySequence_Fast(frames_given, "frames is no sequence");
+    if (blocks == NULL || frames == NULL)
         goto end;
+    frame_count = slab.len / BLOCK_SIZE;
     count = PySequence_Fast_GET_SIZE(blocks);
     if (key.len != KEY_SIZE || prefix.len > PREFIX_MAX || epoch > UINT32_MAX ||
-        PySequence_Fast_GET_SIZE(frames_seq) != count || out.len < count * BLOCK_SIZE) {
+        PySequence_Fast_GET_SIZE(frames) != count || out.len < count * BLOCK_SIZE) {
         PyErr_SetString(PyExc_ValueError, "seal_run: sizes do not fit");
         goto end;
     }
     indexes = PyMem_Calloc(count ? count : 1, sizeof(*indexes));
-    frames = PyMem_Calloc(count ? count : 1, sizeof(*frames));
+    from = PyMem_Calloc(count ? count : 1, sizeof(*from));
     entries = PyBytes_FromStringAndSize(NULL, count * ENTRY_SIZE);
     ctx = EVP_CIPHER_CTX_new();
-    if (indexes == NULL || frames == NULL || entries == NULL || ctx == NULL) {
+    if (indexes == NULL || from == NULL || entries == NULL || ctx == NULL) {
         PyErr_NoMemory();
         goto end;
     }
-    for (; taken < count; taken++) {
-        indexes[taken] = PyLong_AsUnsignedLongLong(PySequence_Fast_GET_ITEM(blocks, taken));
+    for (Py_ssize_t i = 0; i < count; i++) {
+        indexes[i] = PyLong_AsUnsignedLongLong(PySequence_Fast_GET_ITEM(blocks, i));
+        Py_ssize_t frame = PyLong_AsSsize_t(PySequence_Fast_GET_ITEM(frames, i));
         if (PyErr_Occurred())
             goto end;
-        if (PyObject_GetBuffer(PySequence_Fast_GET_ITEM(frames_seq, taken), &frames[taken],
-                               PyBUF_SIMPLE) < 0)
-            goto end;
-        if (frames[taken].len != BLOCK_SIZE) {
-            taken++;
-            PyErr_SetString(PyExc_ValueError, "seal_run: a frame is not of a block's size");
+        if (frame < 0 || frame >= frame_count) {
+            PyErr_SetString(PyExc_ValueError, "seal_run: sizes do not fit: no such frame");
             goto end;
         }
+        from[i] = (const unsigned char *)slab.buf + frame * BLOCK_SIZE;
     }
     Py_BEGIN_ALLOW_THREADS
     unsigned char *entry = (unsigned char *)PyBytes_AS_STRING(entries);
@@ -112,20 +112,19 @@ static PyObject *seal_run(PyObject *self, PyObject *args)
         put_le(entry + 4, counter + i, 8);
         put_le(entry + 28, PRESENT, 4);
         put_le(aad + prefix.len, indexes[i], 8);
-        is_sealed = seal_block(ctx, entry, aad, (int)prefix.len + 8, frames[i].buf,
+        is_sealed = seal_block(ctx, entry, aad, (int)prefix.len + 8, from[i],
                                (unsigned char *)out.buf + i * BLOCK_SIZE, entry + NONCE_SIZE);
     }
     Py_END_ALLOW_THREADS
     if (!is_sealed)
         PyErr_SetString(PyExc_RuntimeError, "seal_run: libcrypto failed");
 end:
-    for (Py_ssize_t i = 0; i < taken; i++)
-        PyBuffer_Release(&frames[i]);
     EVP_CIPHER_CTX_free(ctx);
     PyMem_Free(indexes);
-    PyMem_Free(frames);
+    PyMem_Free(from);
     Py_XDECREF(blocks);
-    Py_XDECREF(frames_seq);
+    Py_XDECREF(frames);
+    PyBuffer_Release(&slab);
     PyBuffer_Release(&key);
     PyBuffer_Release(&prefix);
     PyBuffer_Release(&out);

@@ -8,7 +8,8 @@ def seal_run(
     epoch: int,
     counter: int,
     blocks: Sequence[int],
-    frames: Sequence[Buffer],
+    slab: Buffer,
+    frames: Sequence[int],
     out: memoryview,
 ) -> bytes: ...
 def open_run(

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from sealfs.image.plan import Buffer
 from sealfs.image.record import head_pages_of
+
+
+class Frames(NamedTuple):
+    """Where the content of blocks is: frame by_block[block] of the slab, BLOCK_SIZE bytes each."""
+
+    slab: Buffer
+    by_block: Mapping[int, int]
+
+    def of(self, blocks: Iterable[int]) -> list[int]:
+        """Return the frame numbers of blocks."""
+        return list(map(self.by_block.__getitem__, blocks))
 
 
 @dataclass(slots=True)

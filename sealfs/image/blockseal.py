@@ -24,16 +24,18 @@ def seal_run(
     epoch: int,
     counter: int,
     blocks: Sequence[int],
-    frames: Sequence[Buffer],
+    slab: Buffer,
+    frames: Sequence[int],
     out: memoryview,
 ) -> bytes:
-    """Seal frames[i] as blocks[i] into `out`; see `_blockseal.seal_run`."""
+    """Seal frame frames[i] of the slab as blocks[i] into `out`; see `_blockseal.seal_run`."""
     seal = AESGCM(bytes(key)).encrypt_into
     sealed = bytearray(BLOCK_SIZE + _TAG_SIZE)
     entries = []
     for i, (block, frame) in enumerate(zip(blocks, frames, strict=True)):
         nonce = _NONCE.pack(epoch, counter + i)
-        seal(nonce, frame, prefix + _INDEX.pack(block), sealed)
+        content = memoryview(slab)[frame * BLOCK_SIZE : (frame + 1) * BLOCK_SIZE]
+        seal(nonce, content, prefix + _INDEX.pack(block), sealed)
         out[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] = sealed[:BLOCK_SIZE]
         entries.append(nonce + sealed[BLOCK_SIZE:] + _FLAGS)
     return b"".join(entries)

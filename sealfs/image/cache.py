@@ -130,6 +130,11 @@ class ImageCache:
         """Frames that can be taken, by any image."""
         return self._cache.free_count
 
+    @property
+    def slab(self) -> memoryview:
+        """All frames, of every image."""
+        return self._cache.view
+
     def frame(self, frame: int) -> memoryview:
         """Return the content of a frame."""
         return self._cache.view[frame * BLOCK_SIZE : (frame + 1) * BLOCK_SIZE]

@@ -161,13 +161,14 @@ class BlockCipher:
         self._epoch, self._counter = row.epoch, 0
 
     def seal_blocks(
-        self, blocks: Sequence[int], frames: Sequence[Buffer], out: memoryview
+        self, blocks: Sequence[int], slab: Buffer, frames: Sequence[int], out: memoryview
     ) -> bytes:
-        """Seal `frames`, the content of `blocks`, one after the other into `out`.
+        """Seal `blocks` one after the other into `out`.
 
         Args:
             blocks: indexes on the VM's disk.
-            frames: BLOCK_SIZE bytes each.
+            slab: holds their content, in frames of BLOCK_SIZE bytes.
+            frames: the number of each block's frame.
             out: len(blocks) * BLOCK_SIZE + TAG_SIZE bytes; the last 16 may be used as scratch.
 
         Returns:
@@ -179,7 +180,9 @@ class BlockCipher:
         counter = self._counter
         # Burnt before use: whatever happens below, these counters never come again.
         self._counter += len(blocks)
-        entries = runs.seal_run(self._key(epoch), self._prefix, epoch, counter, blocks, frames, out)
+        entries = runs.seal_run(
+            self._key(epoch), self._prefix, epoch, counter, blocks, slab, frames, out
+        )
         if self._on_seal:
             salt = self._rows[epoch].salt
             for i, block in enumerate(blocks):

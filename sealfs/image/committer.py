@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sealfs.errors import NoSpace
-from sealfs.image.batch import Batch
+from sealfs.image.batch import Batch, Frames
 from sealfs.image.cache import ImageCache
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, block_count_of, group_runs
 from sealfs.image.reader import Reader
@@ -136,11 +136,11 @@ class Committer:
             yield from self._commit_batch_steps(batch)
         self.drop_unused_slots()
 
-    def _content(self, block: int) -> memoryview:
-        return self._cache.frame(self._cache.committing[block])
+    def _frames(self) -> Frames:
+        return Frames(self._cache.slab, self._cache.committing)
 
     def _commit_batch_steps(self, batch: Batch) -> Steps[None]:
-        yield from self._volume.commit_steps(batch, self._content)
+        yield from self._volume.commit_steps(batch, self._frames())
         # Only now: until the record is applied, a write into one of these groups must find the
         # slot that the group is about to get.
         for group, _ in batch.full_groups + batch.allocs:
@@ -232,7 +232,7 @@ class Committer:
         start, end = first, first + count
         for at in range(0, len(holes), self._holes_max):
             batch = Batch(size=self._volume.size, holes=holes[at : at + self._holes_max])
-            yield from self._volume.commit_steps(batch, self._content)
+            yield from self._volume.commit_steps(batch, self._frames())
             stop = sum(batch.holes[-1])
             self._forget(start, stop)
             start = stop

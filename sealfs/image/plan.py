@@ -7,11 +7,15 @@ whose first item is the `Step`; buffers are not copied and must not change until
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Literal, TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
+
+Offsets: TypeAlias = "array[int]"
+"""Of typecode Q."""
 
 
 class Step(IntEnum):
@@ -27,6 +31,8 @@ class Step(IntEnum):
     """(PUNCH, offset, size): deallocate; reads as zeros."""
     TRUNCATE = 5
     """(TRUNCATE, size): set the length of the file."""
+    WRITE_BLOCKS = 6
+    """(WRITE_BLOCKS, offsets, content): as WRITE, each block of `content` to its own offset."""
 
 
 PlanStep: TypeAlias = (
@@ -35,6 +41,7 @@ PlanStep: TypeAlias = (
     | tuple[Literal[Step.DURABLE], int, Sequence[Buffer]]
     | tuple[Literal[Step.PUNCH], int, int]
     | tuple[Literal[Step.TRUNCATE], int]
+    | tuple[Literal[Step.WRITE_BLOCKS], Offsets, Buffer]
 )
 
 WritePlan: TypeAlias = list[PlanStep]

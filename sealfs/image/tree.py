@@ -353,9 +353,13 @@ class Tree:
     def set_entries(self, group: int, index: int, entries: bytes) -> None:
         """Set entries of a group whose leaf page is in memory, from `index` on."""
         at = index * ENTRY_SIZE
-        self.leaves[group][at : at + len(entries)] = entries
+        self.change_leaf(group)[at : at + len(entries)] = entries
+
+    def change_leaf(self, group: int) -> bytearray:
+        """Return the leaf page of a group, which is in memory, to be changed now."""
         self._stale_leaves.add(group)
         self._changed_leaves.add(group)
+        return self.leaves[group]
 
     @property
     def changed_leaf_count(self) -> int:

@@ -9,12 +9,14 @@ owner's thread, only what no owner code changes while an exclusive operation is 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sealfs.errors import BlockDamaged, IntegrityError, StorageFailed
+from sealfs.image import scratch
 from sealfs.image.allocator import Allocator
-from sealfs.image.batch import Batch
+from sealfs.image.batch import Batch, Frames
 from sealfs.image.cipher import (
     TAG_SIZE,
     BlockCipher,
@@ -40,8 +42,6 @@ from sealfs.image.layout import (
     ENTRY_SIZE,
     Geometry,
     block_count_of,
-    group_runs,
-    runs_of,
 )
 from sealfs.image.plan import Buffer, PlanStep, Step, WritePlan
 from sealfs.image.record import Record
@@ -196,11 +196,16 @@ class Volume:
 
     def _set_entries(self, blocks: Sequence[int], entries: bytes) -> None:
         group_blocks = self.geometry.group_blocks
-        for i, block in enumerate(blocks):
-            group, index = divmod(block, group_blocks)
-            if self.tree.leaf(group) is None:
-                self.leaf(group)
-            self.tree.set_entries(group, index, entries[i * ENTRY_SIZE : (i + 1) * ENTRY_SIZE])
+        group, leaf, at = -1, bytearray(), 0
+        for block in blocks:
+            if block // group_blocks != group:
+                group = block // group_blocks
+                if self.tree.leaf(group) is None:
+                    self.leaf(group)
+                leaf = self.tree.change_leaf(group)
+            to = block % group_blocks * ENTRY_SIZE
+            leaf[to : to + ENTRY_SIZE] = entries[at : at + ENTRY_SIZE]
+            at += ENTRY_SIZE
         if self.inline:
             for block in blocks:
                 self.inline.pop(block, None)
@@ -241,12 +246,12 @@ class Volume:
 
     # -- commit (FORMAT.md 8.2)
 
-    def commit_steps(self, batch: Batch, content: Callable[[int], Buffer]) -> Steps[None]:
+    def commit_steps(self, batch: Batch, frames: Frames) -> Steps[None]:
         """Make a batch durable with one record, apply it, and write inline blocks home.
 
         Args:
             batch: what to say; its slots are reserved.
-            content: the BLOCK_SIZE bytes of a block of the batch; called in a worker.
+            frames: where the content of the batch's blocks is; read in a worker.
         """
         if self.cipher.is_spent:
             yield from self.checkpoint_steps(new_epoch=True)
@@ -262,25 +267,23 @@ class Volume:
         assert page is not None, "a record is at most half the journal"
         start = page
         if self._record_roots:
-            yield from self._commit_with_root(batch, content, start)
+            yield from self._commit_with_root(batch, frames, start)
             return
         # Crash until the record is durable: nothing happened. After it: recovery applies it.
-        written: Written = yield lambda: self._write(batch, content, start)
+        written: Written = yield lambda: self._write(batch, frames, start)
         self.apply(written.record, written.leaves)
         self.journal.advance(written.record, written.mac)
         if batch.inline:
             yield lambda: self._write_home(written.record, written.payload)
 
-    def _commit_with_root(
-        self, batch: Batch, content: Callable[[int], Buffer], page: int
-    ) -> Steps[None]:
+    def _commit_with_root(self, batch: Batch, frames: Frames, page: int) -> Steps[None]:
         """As the other half of `commit_steps`, with the root in the record (test builds).
 
         Memory is changed before the record is durable; a failure poisons the image anyway.
         """
 
         def seal_apply_write() -> Written:
-            written = self._seal(batch, content, page)
+            written = self._seal(batch, frames, page)
             self.apply(written.record, written.leaves)
             written.record.root_mac = self.tree.refresh(self.size)
             return self._log(written)
@@ -290,10 +293,10 @@ class Volume:
         if batch.inline:
             yield lambda: self._write_home(written.record, written.payload)
 
-    def _write(self, batch: Batch, content: Callable[[int], Buffer], page: int) -> Written:
-        return self._log(self._seal(batch, content, page))
+    def _write(self, batch: Batch, frames: Frames, page: int) -> Written:
+        return self._log(self._seal(batch, frames, page))
 
-    def _seal(self, batch: Batch, content: Callable[[int], Buffer], page: int) -> Written:
+    def _seal(self, batch: Batch, frames: Frames, page: int) -> Written:
         """Seal a batch and make its direct data durable; return its record."""
         self._fence_after_sleep()
         geometry = self.geometry
@@ -308,7 +311,7 @@ class Volume:
             first = group * geometry.group_blocks
             blocks = range(first, first + geometry.group_blocks)
             entries = self.cipher.seal_blocks(
-                blocks, [content(block) for block in blocks], view[2 * BLOCK_SIZE :]
+                blocks, frames.slab, frames.of(blocks), view[2 * BLOCK_SIZE :]
             )
             leaf = entries.ljust(BLOCK_SIZE, b"\0")
             view[:BLOCK_SIZE] = leaf
@@ -316,10 +319,10 @@ class Volume:
             execute(self.storage, [(Step.WRITE, geometry.slot_offset(slot), [whole])])
             groups.append((group, slot, self._macs.leaf(group, leaf)))
             leaves[group] = leaf
-        direct, direct_entries = self._seal_run(batch.direct, content)
+        direct, direct_entries = self._seal_run(batch.direct, frames)
         new_slots = dict(batch.allocs)
         plan.extend(self._home_writes(batch.direct, direct, new_slots))
-        payload, inline_entries = self._seal_run(batch.inline, content)
+        payload, inline_entries = self._seal_run(batch.inline, frames)
         record = Record(
             uuid=self.superblock.uuid,
             sequence=self.journal.tail.sequence + 1,
@@ -340,6 +343,7 @@ class Volume:
         if slots or plan:
             plan.append((Step.SYNC,))
         execute(self.storage, plan)
+        _give_back(direct)
         # Crash here: direct data lies where nothing durable points to; it is not there.
         return Written(record, b"", payload, leaves)
 
@@ -355,29 +359,31 @@ class Volume:
     def _write_home(self, record: Record, payload: memoryview) -> None:
         self._fence_after_sleep()
         execute(self.storage, self._home_writes(record.inline_blocks, payload, {}))
+        _give_back(payload)
 
-    def _seal_run(
-        self, blocks: list[int], content: Callable[[int], Buffer]
-    ) -> tuple[memoryview, bytes]:
-        view = memoryview(bytearray(len(blocks) * BLOCK_SIZE + TAG_SIZE))
-        entries = self.cipher.seal_blocks(blocks, [content(block) for block in blocks], view)
+    def _seal_run(self, blocks: list[int], frames: Frames) -> tuple[memoryview, bytes]:
+        view = memoryview(scratch.take(len(blocks) * BLOCK_SIZE + TAG_SIZE))
+        entries = self.cipher.seal_blocks(blocks, frames.slab, frames.of(blocks), view)
         return view[: len(blocks) * BLOCK_SIZE], entries
 
     def _home_writes(
         self, blocks: list[int], sealed: memoryview, new_slots: dict[int, int]
     ) -> list[PlanStep]:
-        """Return the writes that bring sealed blocks to their places."""
-        plan: list[PlanStep] = []
-        at = 0
-        for first, count in runs_of(blocks):
-            for group, index, part in group_runs(first, count, self.geometry.group_blocks):
+        """Return the step that brings sealed blocks, ascending, to their places."""
+        if not blocks:
+            return []
+        geometry, group_blocks = self.geometry, self.geometry.group_blocks
+        offsets = array("Q")
+        group, base = -1, 0
+        for block in blocks:
+            if block // group_blocks != group:
+                group = block // group_blocks
                 slot = new_slots.get(group, NO_SLOT)
                 if slot == NO_SLOT:
                     slot = self.tree.slot_of(group)
-                piece: Buffer = sealed[at : at + part * BLOCK_SIZE]
-                plan.append((Step.WRITE, self.geometry.block_offset(slot, index), [piece]))
-                at += part * BLOCK_SIZE
-        return plan
+                base = geometry.block_offset(slot, 0) - group * group_blocks * BLOCK_SIZE
+            offsets.append(base + block * BLOCK_SIZE)
+        return [(Step.WRITE_BLOCKS, offsets, sealed)]
 
     def length_plan(self) -> WritePlan:
         """Return the step that gives the file the length its busy slots call for."""
@@ -517,3 +523,10 @@ def encode_superblock(superblock: Superblock, keys: Subkeys) -> bytes:
 def superblock_is_authentic(raw: bytes, keys: Subkeys) -> bool:
     """Whether the MAC of 512 bytes is right."""
     return len(raw) == SUPERBLOCK_SIZE and same_mac(mac_of(keys.superblock, raw[:-32]), raw[-32:])
+
+
+def _give_back(sealed: memoryview) -> None:
+    buffer = sealed.obj
+    sealed.release()
+    assert isinstance(buffer, bytearray)
+    scratch.give_back(buffer)

@@ -1,0 +1,3 @@
+from sealfs.image.plan import Buffer
+
+def write_blocks(fd: int, offsets: object, content: Buffer, hint_size: int) -> tuple[int, int]: ...
