@@ -149,8 +149,7 @@ COMMIT = (
     ),
     Mutant(
         "inline blocks are not written home", "8.2 step 5; 8.3 step 1", VOLUME,
-        (("        execute(self.storage, self._home_writes(record.inline_blocks, payload, {}))\n",
-          "        return\n"),),
+        (("        if record.inline_blocks:\n", "        if False:\n"),),
         (CUTS,),
     ),
     Mutant(
@@ -243,8 +242,8 @@ CHECKPOINT = (
     ),
     Mutant(
         "blocks go home after a sleep without a look", "4.1; two openers", VOLUME,
-        (("        self._fence_after_sleep()\n        execute(self.storage, self._home",
-          "        execute(self.storage, self._home"),),
+        (("            self._fence_after_sleep()\n            new_slots",
+          "            new_slots"),),
         (GAPS,),
     ),
     Mutant(

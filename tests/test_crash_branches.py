@@ -496,7 +496,7 @@ def test_a_damaged_leaf_page_that_a_record_needs_is_named_after_the_crash() -> N
 def forged(image: SealedImage, record: Record, under: bytes) -> tuple[bytes, bytes]:
     """Return (a record whose payload pages are these bytes, its MAC), as a key holder can."""
     volume = image._volume
-    key: AESGCM = volume.cipher._key(record.epoch)
+    key = AESGCM(bytes(volume.cipher._key(record.epoch)))
     entries = []
     for i, block in enumerate(record.inline_blocks):
         nonce = struct.pack("<IQ", record.epoch, (1 << 40) + record.sequence * 64 + i)

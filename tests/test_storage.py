@@ -5,9 +5,15 @@ After it, what only the simulated disk has: its fault model, rule by rule.
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import resource
+import signal
+from array import array
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from simulation import (
@@ -21,6 +27,8 @@ from simulation import (
 )
 
 from sealfs.errors import NoSpace, StorageFailed
+from sealfs.image import storage as storage_module
+from sealfs.image.layout import BLOCK_SIZE
 from sealfs.image.plan import Step, WritePlan
 from sealfs.image.storage import FileStorage, Storage, execute
 
@@ -240,3 +248,82 @@ def test_tears_cover_one_sector_each_way() -> None:
     assert {"no", "on", "zn", "gn", "nz", "ng", "gg"} <= set(found)
     assert {"nn", "oo"}.isdisjoint(found)
     assert tears(Operation("t", 0, 5), random.Random(1)) == []
+
+
+# One system call that moves less than it was asked for, or fails
+
+
+def test_reads_and_writes_go_on_after_short_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = FileStorage.create(tmp_path / "x")
+    real_preadv, real_pwritev = os.preadv, os.pwritev
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, offset, *flags: real_preadv(
+            fd, [memoryview(buffers[0])[:1000]], offset, *flags
+        )
+    )  # fmt: skip
+    monkeypatch.setattr(
+        os, "pwritev", lambda fd, buffers, offset, *flags: real_pwritev(
+            fd, [memoryview(buffers[0])[:1000]], offset, *flags
+        )
+    )  # fmt: skip
+    content = random.Random(1).randbytes(10_000)
+    storage.write(100, [content[:5000], content[5000:]])
+    assert storage.read(100, 20_000) == content
+    storage.close()
+
+
+@pytest.fixture(params=["C", "Python"])
+def writer(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A storage whose `write_blocks` is the C module's, or its twin's."""
+    if request.param == "Python":
+        monkeypatch.setattr(storage_module, "_write_blocks", None)
+    else:
+        assert storage_module._write_blocks is not None, "tools/setup builds it"
+    storage = FileStorage.create(tmp_path / "x")
+    yield storage
+    storage.close()
+
+
+def test_blocks_go_each_to_its_own_place(writer: FileStorage) -> None:
+    rng = random.Random(2)
+    for _ in range(20):
+        places = rng.sample(range(200), 60)
+        if rng.random() < 0.5:
+            places.sort()  # with neighbours that go in one write
+        content = rng.randbytes(60 * BLOCK_SIZE)
+        before = bytearray(writer.read(0, 200 * BLOCK_SIZE).ljust(200 * BLOCK_SIZE, b"\0"))
+        writer.write_blocks(array("Q", [place * BLOCK_SIZE for place in places]), content)
+        for i, place in enumerate(places):
+            before[place * BLOCK_SIZE : (place + 1) * BLOCK_SIZE] = content[
+                i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE
+            ]
+        assert writer.read(0, 200 * BLOCK_SIZE).ljust(200 * BLOCK_SIZE, b"\0") == before
+    writer.write_blocks(array("Q"), b"")
+
+
+def test_a_write_of_blocks_that_fails_says_where(writer: FileStorage) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 * BLOCK_SIZE, limit[1]))
+    try:
+        with pytest.raises(StorageFailed, match=f"write at offset {20 * BLOCK_SIZE}"):
+            writer.write_blocks(array("Q", [0, 20 * BLOCK_SIZE]), bytes(2 * BLOCK_SIZE))
+        # The first part of a write beyond the limit is taken; what is left of it is refused.
+        with pytest.raises(StorageFailed, match="File too large"):
+            writer.write_blocks(
+                array("Q", [9 * BLOCK_SIZE, 10 * BLOCK_SIZE]), bytes(2 * BLOCK_SIZE)
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert writer.size() == 10 * BLOCK_SIZE
+
+
+def test_sizes_that_do_not_fit_are_our_bug() -> None:
+    write_blocks = storage_module._write_blocks
+    for offsets, content in ((array("Q", [0]), b""), (b"1234567", bytes(BLOCK_SIZE))):
+        with pytest.raises(ValueError, match="sizes do not fit"):
+            write_blocks(-1, offsets, content, 1)
+    assert write_blocks(-1, array("Q", [0]), bytes(BLOCK_SIZE), 1) == (0, errno.EBADF)

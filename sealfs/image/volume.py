@@ -270,11 +270,11 @@ class Volume:
             yield from self._commit_with_root(batch, frames, start)
             return
         # Crash until the record is durable: nothing happened. After it: recovery applies it.
+        # The blocks go home in the same piece of work, before memory knows: whoever reads one
+        # meanwhile finds it in the cache, where it is under commit.
         written: Written = yield lambda: self._write(batch, frames, start)
         self.apply(written.record, written.leaves)
         self.journal.advance(written.record, written.mac)
-        if batch.inline:
-            yield lambda: self._write_home(written.record, written.payload)
 
     def _commit_with_root(self, batch: Batch, frames: Frames, page: int) -> Steps[None]:
         """As the other half of `commit_steps`, with the root in the record (test builds).
@@ -290,8 +290,6 @@ class Volume:
 
         written: Written = yield seal_apply_write
         self.journal.advance(written.record, written.mac)
-        if batch.inline:
-            yield lambda: self._write_home(written.record, written.payload)
 
     def _write(self, batch: Batch, frames: Frames, page: int) -> Written:
         return self._log(self._seal(batch, frames, page))
@@ -348,18 +346,21 @@ class Volume:
         return Written(record, b"", payload, leaves)
 
     def _log(self, written: Written) -> Written:
+        """Make a record durable, and bring its inline blocks home."""
         record = written.record
         head, written.mac = encode_record(record, self._keys.journal)
         offset = self.geometry.journal_page_offset(record.page)
         whole: list[Buffer] = [head, written.payload]
         execute(self.storage, [(Step.DURABLE, offset, whole)])
         # Crash here: the record is durable, inline blocks are old at home; recovery writes them.
+        if record.inline_blocks:
+            self._fence_after_sleep()
+            new_slots = dict(record.allocs)
+            execute(
+                self.storage, self._home_writes(record.inline_blocks, written.payload, new_slots)
+            )
+        _give_back(written.payload)
         return written
-
-    def _write_home(self, record: Record, payload: memoryview) -> None:
-        self._fence_after_sleep()
-        execute(self.storage, self._home_writes(record.inline_blocks, payload, {}))
-        _give_back(payload)
 
     def _seal_run(self, blocks: list[int], frames: Frames) -> tuple[memoryview, bytes]:
         view = memoryview(scratch.take(len(blocks) * BLOCK_SIZE + TAG_SIZE))
