@@ -330,10 +330,31 @@ def test_a_slot_with_any_byte_altered_does_not_open():
             recovery.unwrap([bytes(altered)], RECIPIENT, vm_id="web1", kmi="web1")
 
 
+SLOT_VERSION_1 = bytes.fromhex(
+    "5345414c465300570001f2c4861971c0e3ca01ff5ab9a26985c71cbcaf9c9c886b92ada0d76c1508e5c0"
+    "f25dfc41126ab9f99de268d3c067b59c35bf4eedba852b6c438bc8695369d0e0edc14f8cc4a40c6f0412"
+    "0e1cbc4f3c5148506dd8852e62cdebf4b2e4d4855736536444a443a5cf3da9ae42f23a27032165cddda7"
+    "7ae83b0a642d68ef9b91331ddd17007fccedbfd001c7f44b1be9e0652c3d91e3c0de2985678fdf4e6bcf3e9a"
+)
+"""Made by sealfs 5d5f1a8, the last to write version 1, with RECIPIENT and the same key."""
+
+
+def test_a_slot_of_version_1_still_opens_and_names_no_public_key():
+    assert recovery.unwrap([SLOT_VERSION_1], RECIPIENT, vm_id="web1", kmi="web1") == b"K" * 64
+    assert recovery.RecoverySlot.decode(SLOT_VERSION_1, "x").encode() == SLOT_VERSION_1
+    name = recovery.fingerprint(recovery.public_of(RECIPIENT)).hex()
+    assert recovery.recipient_of(SLOT_VERSION_1) == (name, None)
+    assert recovery.recipient_of(SLOT) == (name, recovery.public_of(RECIPIENT))
+    assert recovery.recipient_of(b"rubbish") == ("?", None)
+
+
 def test_a_slot_relabelled_for_another_vm_does_not_open():
     forged = recovery.RecoverySlot.decode(SLOT, "x")
     forged = recovery.RecoverySlot(
-        forged.recipient_fingerprint, records.binding("web2", "web2"), forged.wrapped
+        forged.recipient_fingerprint,
+        records.binding("web2", "web2"),
+        forged.wrapped,
+        forged.recipient,
     )
     with pytest.raises(KeyRecordDamaged):
         recovery.unwrap([forged.encode()], RECIPIENT, vm_id="web2", kmi="web2")

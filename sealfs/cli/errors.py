@@ -262,6 +262,9 @@ def _storage_failed(error: BaseException, situation: Situation) -> str | None:
 def _not_found(error: BaseException, situation: Situation) -> str | None:
     if "package qemu-utils" in str(error):
         return f"{'' if situation.is_root else 'sudo '}apt install qemu-utils"
+    if situation.command == "key rotate" and "is not there" in str(error):
+        again = situation.again("--lost", getattr(error, "subject", ""))
+        return f"{again}, but only if it is gone for good"
     return situation.sealfs("list") if "no such sealed image" in str(error) else None
 
 

@@ -61,7 +61,7 @@ def list_keys(settings: Settings) -> None:
 def show_key(settings: Settings, vm: str) -> None:
     """Show the key record of a VM. Nothing is unsealed."""
     with settings.keys() as keys:
-        record = _record_of(keys, vm)
+        record = record_of(keys, vm)
     if settings.json:
         print_json(record.to_json())
         return
@@ -93,7 +93,7 @@ def test_keys(settings: Settings, vms: tuple[str, ...], every: bool) -> int:
     if bool(vms) == every:
         raise UsageError("key test", "name virtual machines, or --all")
     with settings.keys() as keys:
-        records = keys.records() if every else [_record_of(keys, vm) for vm in vms]
+        records = keys.records() if every else [record_of(keys, vm) for vm in vms]
         found = [(record, *_try(keys, record)) for record in records]
     if settings.json:
         print_json(
@@ -139,7 +139,12 @@ def _test_rows(
     return rows
 
 
-def _record_of(keys: KeyService, vm: str) -> KeyInfo:
+def record_of(keys: KeyService, vm: str) -> KeyInfo:
+    """Return the key record of a VM, named by VM id or KMI.
+
+    Raises:
+        KeyNotFound, KeyRecordDamaged, FormatError: there is none, or it cannot be read.
+    """
     for record in keys.records():
         if vm in (record.vm_id, record.kmi):
             return record
@@ -187,11 +192,13 @@ def _recover(
     storage = FileStorage.open(place.sealed, read_only=True)
     try:
         identity = read_identity(storage)
-        with keys.recover(
-            identity.vm_id, identity.kmi, identity.recovery_slots, recovery_key
-        ) as vm_key:
-            known = freshness.newcomer(place.sealed, identity.uuid, keys.ledger)
-            opened = sealed.open_with(storage, identity, vm_key, known)
+        keys.recover(identity.vm_id, identity.kmi, identity.recovery_slots, recovery_key).wipe()
+        known = freshness.newcomer(place.sealed, identity.uuid, keys.ledger)
+        opened = sealed.open_with(storage, identity, keys, known)
+        sure = opened.identity
+        keys.adopt_recovery_slots(
+            sure.kmi, sure.vm_id, sure.uuid, sure.wrapped_key(storage.path), sure.recovery_slots
+        )
         entered = enter(keys, place.sealed, opened, replace=replace)
     finally:
         storage.close()

@@ -27,6 +27,7 @@ from sealfs.image.image import SealedImage
 from sealfs.image.layout import geometry_for
 from sealfs.image.storage import FileStorage
 from sealfs.keys.ledger import Progress
+from sealfs.keys.rotation import making_image
 from sealfs.keys.service import KmiKind
 from sealfs.keys.statedir import StateDir
 from sealfs.keys.vmkey import IMAGE_KEY_SIZE, VmKey, wipe
@@ -66,7 +67,11 @@ def make(keys: KeyService, state: Path, wanted: NewImage, fill: Fill | None) -> 
     if not wanted.path.name.endswith(SUFFIX):
         warn(f'"{wanted.path}": a mount shows only files named NAME{SUFFIX}')
     image_uuid = uuid.uuid4().bytes
-    with Newborn(wanted.path) as newborn, _vm_key(keys, state, vm_id, wanted) as vm_key:
+    with (
+        Newborn(wanted.path) as newborn,
+        making_image(keys, wanted.path, vm_id),
+        _vm_key(keys, state, vm_id, wanted) as vm_key,
+    ):
         _warn_of_other_disks(keys, wanted.path, vm_id)
         # Crash here: a key without an image; the next image of that VM uses it.
         image_key = bytearray(keys.random(IMAGE_KEY_SIZE))

@@ -232,6 +232,17 @@ class Identity:
     wrapped_keys: tuple[tuple[int, bytes], ...] = ()
     recovery_slots: tuple[bytes, ...] = ()
 
+    def wrapped_key(self, path: str) -> bytes:
+        """Return the wrapped key of the image's key generation.
+
+        Raises:
+            FormatError: there is none.
+        """
+        for generation, wrapped in self.wrapped_keys:
+            if generation == self.key_generation:
+                return wrapped
+        raise FormatError(path, f"identity has no image key of generation {self.key_generation}")
+
     def encode_content(self) -> bytes:
         """Return the content, without its header."""
         parts = [

@@ -10,6 +10,7 @@ Whoever calls this has the image to himself, or drives it as an exclusive operat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -60,6 +61,25 @@ def rewrite_plan(
     return _plan(storage, wanted, mac_key, geometry)
 
 
+def current(
+    storage: Storage, known: Identity, image_key: Buffer, geometry: Geometry = DEFAULT_GEOMETRY
+) -> Identity:
+    """Return the newest copy that authenticates under the image's key.
+
+    Args:
+        storage: of the image.
+        known: as read without the key; says whose identity is meant, and its key generation.
+        image_key: of that generation.
+        geometry: of the image.
+
+    Raises:
+        IntegrityError: there is none.
+    """
+    mac_key = Subkeys.derive(image_key, known.uuid, known.key_generation).identity
+    raws = [_read(storage, geometry, index) for index in (0, 1)]
+    return _newest([_decoded(raw, storage.path, known.uuid, mac_key) for raw in raws], storage.path)
+
+
 def rewrite(
     storage: Storage, wanted: Identity, image_key: Buffer, geometry: Geometry = DEFAULT_GEOMETRY
 ) -> Identity:
@@ -86,9 +106,7 @@ def erase(storage: Storage, known: Identity, geometry: Geometry = DEFAULT_GEOMET
 def _plan(storage: Storage, wanted: Identity, mac_key: bytes | None, geometry: Geometry) -> Rewrite:
     raws = [_read(storage, geometry, index) for index in (0, 1)]
     copies = [_decoded(raw, storage.path, wanted.uuid, mac_key) for raw in raws]
-    newest = max((c for c in copies if c is not None), key=lambda c: c.generation, default=None)
-    if newest is None:
-        raise IntegrityError(storage.path, "no copy of its identity authenticates")
+    newest = _newest(copies, storage.path)
     after = replace(wanted, generation=newest.generation)
     if after != newest:
         after = replace(wanted, generation=newest.generation + 1)
@@ -110,6 +128,13 @@ def _plan(storage: Storage, wanted: Identity, mac_key: bytes | None, geometry: G
         if raws[index] != padded
     ]
     return Rewrite(after, plan)
+
+
+def _newest(copies: Sequence[Identity | None], path: str) -> Identity:
+    newest = max((c for c in copies if c is not None), key=lambda c: c.generation, default=None)
+    if newest is None:
+        raise IntegrityError(path, "no copy of its identity authenticates")
+    return newest
 
 
 def _read(storage: Storage, geometry: Geometry, index: int) -> bytes:

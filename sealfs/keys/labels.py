@@ -20,6 +20,7 @@ HOST_PAYLOAD_MAGIC: Final = b"SFHOST\x00\x01"
 
 # Digests
 BINDING_DIGEST: Final = b"sealfs/v1/vm binding\x00"
+VM_LOCK_NAME: Final = b"sealfs/v1/vm lock\x00"
 RECORD_NAME: Final = b"sealfs/v1/record name\x00"
 RECOVERY_FINGERPRINT: Final = b"sealfs/v1/recovery fingerprint\x00"
 RECOVERY_CHECKSUM: Final = b"sealfs/v1/recovery checksum\x00"

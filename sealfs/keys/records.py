@@ -180,6 +180,14 @@ def binding(vm_id: str, kmi: str) -> bytes:
     return hashlib.sha256(labels.BINDING_DIGEST + wire.text(vm_id) + wire.text(kmi)).digest()
 
 
+def vm_lock_name(vm_id: str) -> bytes:
+    """Return what is locked, as if it were an image (16 bytes), while a VM's key is at stake.
+
+    Shared: an image under that key is being made. Exclusive: the key is being changed.
+    """
+    return hashlib.sha256(labels.VM_LOCK_NAME + wire.text(vm_id)).digest()[:16]
+
+
 def vm_payload(vm_id: str, kmi: str, key: bytes | bytearray) -> bytearray:
     """Return what is sealed in the TPM: magic, binding digest, VM key (104 of 128 bytes)."""
     assert len(key) == VM_KEY_SIZE

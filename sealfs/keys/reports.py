@@ -6,7 +6,7 @@ import datetime
 from dataclasses import dataclass, field
 from typing import Final
 
-from sealfs.keys import labels, recovery
+from sealfs.keys import recovery
 from sealfs.keys.hostrecord import (
     HostRecord,
     RecoveryKind,
@@ -97,7 +97,10 @@ class SlotInfo:
 
 @dataclass(frozen=True, slots=True)
 class KeyInfo:
-    """One key record; `problem` says why it cannot be read, and then the rest is empty."""
+    """One key record; `problem` says why it cannot be read, and then the rest is empty.
+
+    `is_changing`: a `key rotate` was begun and has not ended.
+    """
 
     file: str
     kmi: str
@@ -106,6 +109,7 @@ class KeyInfo:
     origin: str
     slots: tuple[SlotInfo, ...]
     problem: str | None = None
+    is_changing: bool = False
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -116,6 +120,7 @@ class KeyInfo:
             "origin": self.origin,
             "slots": [slot.to_json() for slot in self.slots],
             "problem": self.problem,
+            "is_changing": self.is_changing,
         }
 
 
@@ -154,8 +159,7 @@ def time_text(seconds: int) -> str:
 
 def recipient_text(slot: bytes) -> str:
     """Return the fingerprint of whoever can open a recovery slot, by what the slot says."""
-    start = len(labels.RECOVERY_SLOT_MAGIC) + 2  # Behind magic and version.
-    return slot[start : start + recovery.FINGERPRINT_SIZE].hex()
+    return recovery.recipient_of(slot)[0]
 
 
 def key_info(record: KeyRecord, file: str, storage_key_name: bytes) -> KeyInfo:

@@ -12,13 +12,17 @@ side by side. A service must not be used after a fork.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hmac
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal, Self
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from sealfs.errors import (
     AlreadyExists,
@@ -34,9 +38,10 @@ from sealfs.keys.ledger import Ledger
 from sealfs.keys.records import KeyRecord, Origin, TpmSlot
 from sealfs.keys.registry import Registry
 from sealfs.keys.reports import InitReport, KeyInfo, SlotReport
+from sealfs.keys.rotation import Rotation, changing_key
 from sealfs.keys.statedir import LEDGER_FILE, ImageLock
 from sealfs.keys.vault import Vault
-from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey
+from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey, wipe
 
 if TYPE_CHECKING:
     from sealfs.keys.tpm import Tpm
@@ -182,7 +187,11 @@ class KeyService:
         Raises:
             As `unseal`; KeyRefused also where the image's key is not wrapped under this VM's.
         """
-        with self.unseal(kmi, vm_id) as vm_key:
+        with self.unseal(kmi, vm_id) as vm_key, contextlib.suppress(KeyRefused):
+            return vm_key.unwrap_image_key(image_uuid, wrapped)
+        # The VM's key may be changing: the new one, or what has just become of it.
+        record = self._vault.read_pending(kmi) or self._vault.read_known(kmi)
+        with self._host.tpm() as tpm, self._vault.open_record(record, tpm) as vm_key:
             return vm_key.unwrap_image_key(image_uuid, wrapped)
 
     def new_image_key(self, vm_id: str, image_uuid: bytes) -> NewImageKey:
@@ -212,7 +221,8 @@ class KeyService:
         authenticates under the recovered key. This host's recipient gets a slot of its own.
 
         A slot proves who can open it, not who made it: an image from an untrusted place can
-        carry a key that somebody else knows.
+        carry a key that somebody else knows. Of the slots only those that this recovery key
+        opens are kept; the others wait for `adopt_recovery_slots`.
 
         Raises:
             RecoveryRefused: mistyped, or no slot is for this recovery key.
@@ -228,7 +238,7 @@ class KeyService:
             raw_key,
             vm_id=vm_id,
             kmi=kmi,
-            recovery_slots=_slots_of(recovery_slots, records.binding(vm_id, kmi)),
+            recovery_slots=_slots_for(private, recovery_slots, records.binding(vm_id, kmi)),
         )
         try:
             with self._state.lock() as held, self._host.tpm_under(held) as tpm:
@@ -251,6 +261,38 @@ class KeyService:
             raise
         return recovered
 
+    def adopt_recovery_slots(
+        self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes, slots: Sequence[bytes]
+    ) -> None:
+        """Keep the recovery slots of an image that was verified since `recover`; durable.
+
+        Those of an image whose key is not wrapped under this host's VM key are left out.
+        """
+        with self._state.lock() as held, self._host.tpm_under(held) as tpm:
+            record = self._vault.read_known(kmi)
+            with self._vault.open_record(record, tpm) as vm_key:
+                try:
+                    wipe(vm_key.unwrap_image_key(image_uuid, wrapped))
+                except KeyRefused:
+                    return
+                known = (*record.recovery_slots, *slots)
+                found = recovery.slots_of_vm(known, records.binding(vm_id, kmi))
+                self._vault.keep_slots(record, vm_key, found, held)
+
+    @contextlib.contextmanager
+    def rotating(self, vm_id: str) -> Iterator[Rotation]:
+        """Lend a change of a VM's key, during which no image of it is made; see `Rotation`.
+
+        Raises:
+            Busy: an image of the VM is being made, or its key is being changed.
+        """
+        with changing_key(self, vm_id):
+            rotation = Rotation(self._host, self._vault, vm_id)
+            try:
+                yield rotation
+            finally:
+                rotation.close()
+
     # Looking at keys
 
     def records(self) -> list[KeyInfo]:
@@ -264,7 +306,9 @@ class KeyService:
                 found.append(KeyInfo(file, "", "", "", "", (), problem=error.detail))
                 continue
             if record is not None:
-                found.append(reports.key_info(record, file, name_of_key))
+                info = reports.key_info(record, file, name_of_key)
+                is_changing = self._state.has(self._state.pending_file(record.kmi))
+                found.append(dataclasses.replace(info, is_changing=is_changing))
         return sorted(found, key=lambda info: (info.vm_id, info.kmi, info.file))
 
     def test(self, kmi: str) -> list[SlotReport]:
@@ -311,6 +355,8 @@ class KeyService:
                 raise AlreadyExists(vm_id, "this VM has a key on this host already")
             with self._host.tpm_under(held) as tpm:
                 if record is not None:
+                    # While the key is changed, images are made under the one to come.
+                    record = self._vault.read_pending(record.kmi) or record
                     return self._vault.open_record(record, tpm)
                 kmi = vm_id if kind == "vm-id" else mixed_random(tpm, OPAQUE_KMI_SIZE).hex()
                 key = VmKey(
@@ -342,10 +388,24 @@ class KeyService:
             is_same = hmac.compare_digest(ours, theirs)
         if not is_same:
             existing.wipe()
+            pending = self._vault.read_pending(old.kmi)
+            if pending is not None:
+                return self._existing_pending(pending, recovered, tpm)
             raise KeyRefused(
                 recovered.vm_id, "this host holds another key for this VM than the slot does"
             )
         return existing
+
+    def _existing_pending(self, pending: KeyRecord, recovered: VmKey, tpm: Tpm) -> VmKey:
+        """Return the key that the VM is being changed to, if it is the recovered one."""
+        existing = self._vault.open_record(pending, tpm)
+        with existing.secret() as ours, recovered.secret() as theirs:
+            if hmac.compare_digest(ours, theirs):
+                return existing
+        existing.wipe()
+        raise KeyRefused(
+            recovered.vm_id, "this host holds another key for this VM than the slot does"
+        )
 
     def _authentic_pcrs(self, old: KeyRecord, recovered: VmKey) -> tuple[int, ...]:
         with recovered.record_mac_key() as mac_key:
@@ -361,14 +421,13 @@ class KeyService:
         return [f"PCR {pcr} is not what it was" for pcr, then, now in trio if then != now]
 
 
-def _slots_of(slots: Sequence[bytes], binding: bytes) -> tuple[bytes, ...]:
-    """Keep the slots that are for this VM; what an image carries is not trusted."""
-    found: list[bytes] = []
-    for raw in slots:
-        try:
-            slot = recovery.RecoverySlot.decode(raw, "recovery slot")
-        except (FormatError, KeyRecordDamaged):
-            continue
-        if slot.binding == binding and raw not in found:
-            found.append(raw)
-    return tuple(found[: records.RECOVERY_SLOT_COUNT_MAX])
+def _slots_for(
+    private: X25519PrivateKey, slots: Sequence[bytes], binding: bytes
+) -> tuple[bytes, ...]:
+    """Return the slots of this VM for one recovery key; what an image carries is not trusted.
+
+    Another slot may have been put there to have the *next* key of the VM wrapped to its recipient.
+    """
+    own = recovery.fingerprint(recovery.public_of(private)).hex()
+    mine = [slot for slot in slots if recovery.recipient_of(slot)[0] == own]
+    return recovery.slots_of_vm(mine, binding)[: records.RECOVERY_SLOT_COUNT_MAX]

@@ -51,6 +51,8 @@ REGISTRY_FILE: Final = "registry"
 LEDGER_FILE: Final = "ledger"
 LOCK_FILE: Final = "lock"
 RECORD_SUFFIX: Final = ".slot"
+PENDING_SUFFIX: Final = ".next"
+"""The record of the key that a VM's images are just being rewrapped to."""
 TEMPORARY_PREFIX: Final = ".new-"
 
 
@@ -259,6 +261,10 @@ class StateDir:
         finally:
             os.close(descriptor)
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a file; nothing is read."""
+        return os.path.lexists(self.path / name)
+
     def write(self, name: str, content: bytes, held: HeldLock) -> None:
         """Replace a whole file; durable on return. The caller holds the lock.
 
@@ -333,7 +339,7 @@ class StateDir:
         assert held.descriptor >= 0
         try:
             os.replace(self.path / old, self.path / new)
-            _sync_directory(self.path)
+            _sync_directory((self.path / new).parent)
         except OSError as error:
             raise StorageFailed(self.path / new, f"cannot be named: {error.strerror}") from error
 
@@ -350,6 +356,10 @@ class StateDir:
     def record_file(self, kmi: str) -> str:
         """Return the name of a KMI's record, relative to the state directory."""
         return f"{KEYS_DIRECTORY}/{record_name(kmi)}"
+
+    def pending_file(self, kmi: str) -> str:
+        """Return the name of the record that a KMI's will be replaced by, as `record_file`."""
+        return self.record_file(kmi).removesuffix(RECORD_SUFFIX) + PENDING_SUFFIX
 
     def _sweep(self, directory: Path) -> None:
         # Every writer holds the lock, so a temporary file seen here was left by a dead one.

@@ -7,6 +7,7 @@ use of it; `protect` needs the state lock as well.
 
 from __future__ import annotations
 
+import dataclasses
 import hmac
 import logging
 import time
@@ -80,18 +81,32 @@ class Vault:
         if raw is None:
             return None
         record = KeyRecord.decode(raw, subject)
-        if self._state.record_file(record.kmi) != file:
+        if file not in (self._state.record_file(record.kmi), self._state.pending_file(record.kmi)):
             raise KeyRecordDamaged(
                 subject, "the record in its file is another VM's: files were renamed or swapped"
             )
         return record
 
+    def read_pending(self, kmi: str) -> KeyRecord | None:
+        """Return the record of the key that a KMI's images are being rewrapped to, if any."""
+        return self.read(self._state.pending_file(kmi), kmi=kmi)
+
     # Opening and making
 
     def protect(
-        self, key: VmKey, origin: Origin, pcrs: tuple[int, ...], tpm: Tpm, held: HeldLock
+        self,
+        key: VmKey,
+        origin: Origin,
+        pcrs: tuple[int, ...],
+        tpm: Tpm,
+        held: HeldLock,
+        *,
+        is_pending: bool = False,
     ) -> None:
-        """Seal a key, prove that it opens, write its record; durable on return."""
+        """Seal a key, prove that it opens, write its record; durable on return.
+
+        `is_pending`: beside the record that stands, as the one to come.
+        """
         values = tpm.pcr_values(pcrs) if pcrs else ()
         digest = policy.pcr_policy(pcrs, values) if pcrs else b""
         with key.secret() as secret:
@@ -120,7 +135,28 @@ class Vault:
             if not hmac.compare_digest(ours, theirs):
                 raise TpmUnavailable(key.vm_id, "the TPM gave back another key than was sealed")
         # Crash here: no record, and nothing is sealed under this key yet.
-        self._state.write(self._state.record_file(key.kmi), record.encode(), held)
+        file = self._state.pending_file if is_pending else self._state.record_file
+        self._state.write(file(key.kmi), record.encode(), held)
+
+    def keep_slots(
+        self, record: KeyRecord, key: VmKey, slots: tuple[bytes, ...], held: HeldLock
+    ) -> None:
+        """Give an authentic record these recovery slots; durable on return.
+
+        Raises:
+            KeyServiceError: they are more than a record holds.
+        """
+        if len(slots) > records.RECOVERY_SLOT_COUNT_MAX:
+            raise KeyServiceError(
+                record.vm_id, f"has {records.RECOVERY_SLOT_COUNT_MAX} recovery keys, the most"
+            )
+        key.recovery_slots = slots
+        if slots == record.recovery_slots:
+            return
+        with key.record_mac_key() as mac_key:
+            after = dataclasses.replace(record, recovery_slots=slots).with_mac(mac_key)
+        # Crash here: the record as it was.
+        self._state.write(self._state.record_file(record.kmi), after.encode(), held)
 
     def add_own_recipient(self, key: VmKey) -> None:
         """Wrap the key to this host's recovery recipient, unless a slot of it is there."""
