@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from sealfs.image.recovery import read_identity
 from sealfs.image.storage import FileStorage
 from sealfs.keys.service import KeyService
 from sealfs.keys.statedir import StateDir
+
+logger = logging.getLogger("sealfs")
 
 CONTENT = b"the disk of this VM " * 300
 RUNS_MAX = 60
@@ -53,7 +56,15 @@ class Host:
             pytest.MonkeyPatch.context() as patch,
         ):
             patch.setattr("sys.stdin", io.StringIO(stdin))
-            code = run([str(word) for word in words])
+            # What a command does to its own process is not for that of the tests.
+            patch.setattr("sealfs.cli.interrupts.install", lambda: None)
+            patch.setattr("sealfs.cli.settings.harden", lambda: None)
+            kept = logger.handlers, logger.level, logger.propagate
+            try:
+                code = run([str(word) for word in words])
+            finally:
+                logger.handlers, logger.propagate = kept[0], kept[2]
+                logger.setLevel(kept[1])
         text = out.getvalue() + err.getvalue()
         assert code == status, text
         assert "Traceback" not in text, text

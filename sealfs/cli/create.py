@@ -12,12 +12,13 @@ from sealfs.cli import plain
 from sealfs.cli.arguments import PCRS, SIZE
 from sealfs.cli.errors import warn
 from sealfs.cli.output import Advance, print_json, progress
-from sealfs.cli.sealing import Fill, NewImage, make
+from sealfs.cli.sealing import Fill, NewImage, NewKey, make
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import NotFound, UsageError
 from sealfs.image.format import MAGICS
 from sealfs.image.image import SealedImage
-from sealfs.keys.service import KmiKind
+from sealfs.keys.origins import KeyOrigin, KmiKind
+from sealfs.keys.service import SlotKind
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,11 +32,32 @@ def _new_image_options(command: F) -> F:
             help="For a new key: give it only while these PCRs are as now.",
         ),
         click.option(
+            "--slot",
+            type=click.Choice(["tpm", "software"]),
+            default="tpm",
+            show_default=True,
+            help="For a new key: protected by the TPM, or by this service, which the TPM protects.",
+        ),
+        click.option(
+            "--key-file",
+            metavar="FILE",
+            help="With --key-from console: 64 bytes; - is standard input.",
+        ),
+        click.option(
+            "--key-from",
+            "key_origin",
+            type=click.Choice(["mixed", "console", "service", "tpm"]),
+            default="mixed",
+            show_default=True,
+            help="For a new key: who makes it; mixed is TPM and kernel together.",
+        ),
+        click.option(
             "--kmi",
-            type=click.Choice(["vm-id", "opaque"]),
+            type=click.Choice(["vm-id", "service", "tpm", "opaque"]),
             default="vm-id",
             show_default=True,
-            help="For a new key: find it by the VM id, or by an opaque identifier.",
+            help="For a new key: find it by the VM id, or by a random identifier made by the "
+            "service (opaque is the same) or the TPM.",
         ),
         click.option("--disk", "label", metavar="LABEL", default="", help="Which disk of the VM."),
         click.option(
@@ -59,14 +81,17 @@ def create_command(
     label: str,
     kmi: KmiKind,
     pcrs: tuple[int, ...],
+    key_origin: KeyOrigin,
+    key_file: str | None,
+    slot: SlotKind,
 ) -> None:
     """Make a new, empty sealed image.
 
     It is sparse: space is taken as the VM writes. Name it NAME.sealed; a mount shows NAME.
     """
     settings.about(image)
-    wanted = NewImage(path=image, size=size, vm_id=vm_id, label=label, kmi=kmi, pcrs=pcrs)
-    _make(settings, wanted, None)
+    key = NewKey(kmi=kmi, pcrs=pcrs, origin=key_origin, file=key_file, slot=slot)
+    _make(settings, NewImage(path=image, size=size, vm_id=vm_id, label=label, key=key), None)
 
 
 @click.command("import")
@@ -89,6 +114,9 @@ def import_command(
     label: str,
     kmi: KmiKind,
     pcrs: tuple[int, ...],
+    key_origin: KeyOrigin,
+    key_file: str | None,
+    slot: SlotKind,
 ) -> None:
     """Seal an existing disk: a file or device in any format that qemu-img reads.
 
@@ -103,7 +131,8 @@ def import_command(
             raise UsageError(source, "is empty: a disk has 1 byte or more")
         if disk.backing is not None:
             warn(f'"{source}" is an overlay; the content of "{disk.backing}" is sealed with it')
-        wanted = NewImage(path=image, size=disk.size, vm_id=vm_id, label=label, kmi=kmi, pcrs=pcrs)
+        key = NewKey(kmi=kmi, pcrs=pcrs, origin=key_origin, file=key_file, slot=slot)
+        wanted = NewImage(path=image, size=disk.size, vm_id=vm_id, label=label, key=key)
         _make(settings, wanted, lambda sealed: _copy(disk, sealed, source.name))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,14 +22,16 @@ from sealfs.cli.errors import warn
 from sealfs.cli.interrupts import shielded
 from sealfs.cli.newborn import Newborn
 from sealfs.cli.sealed import SUFFIX, new_cache
-from sealfs.errors import AlreadyExists, SealfsError
+from sealfs.errors import AlreadyExists, SealfsError, UsageError
 from sealfs.image.format import Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import geometry_for
 from sealfs.image.storage import FileStorage
 from sealfs.keys.ledger import Progress
+from sealfs.keys.origins import KeyOrigin, KmiKind
+from sealfs.keys.records import VM_KEY_SIZE
 from sealfs.keys.rotation import making_image
-from sealfs.keys.service import KmiKind
+from sealfs.keys.service import SlotKind
 from sealfs.keys.statedir import StateDir
 from sealfs.keys.vmkey import IMAGE_KEY_SIZE, VmKey, wipe
 from sealfs.keys.wire import check_identifier
@@ -38,6 +41,23 @@ if TYPE_CHECKING:
     from sealfs.keys.service import KeyService
 
 Fill = Callable[[SealedImage], None]
+STDIN = "-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewKey:
+    """How a VM's key is made if it has none. `file`: where the console's is, `-` for stdin."""
+
+    kmi: KmiKind
+    pcrs: tuple[int, ...]
+    origin: KeyOrigin
+    file: str | None
+    slot: SlotKind
+
+    @property
+    def is_special(self) -> bool:
+        """Whether anything but the default was asked for."""
+        return (self.kmi, self.pcrs, self.origin, self.slot) != ("vm-id", (), "mixed", "tpm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +68,7 @@ class NewImage:
     size: int
     vm_id: str | None
     label: str
-    kmi: KmiKind
-    pcrs: tuple[int, ...]
+    key: NewKey
 
 
 def make(keys: KeyService, state: Path, wanted: NewImage, fill: Fill | None) -> tuple[str, bytes]:
@@ -148,14 +167,16 @@ def _vm_key(keys: KeyService, state: Path, vm_id: str, wanted: NewImage) -> Iter
         try:
             with shielded():
                 try:
-                    vm_key = keys.create(vm_id, kmi=wanted.kmi, pcrs=wanted.pcrs)
+                    vm_key = _create_key(keys, vm_id, wanted.key)
                     is_new = True
                 except AlreadyExists:
+                    if wanted.key.origin == "console":
+                        raise
                     vm_key = keys.ensure(vm_id)
-                    if wanted.pcrs or wanted.kmi != "vm-id":
+                    if wanted.key.is_special:
                         warn(
-                            f'VM "{vm_id}" has a key already, which keeps its policy and its KMI; '
-                            "--pcrs and --kmi are for new keys"
+                            f'VM "{vm_id}" has a key already, which stays as it is; '
+                            "--pcrs, --kmi, --key-from and --slot are for new keys"
                         )
             yield vm_key
         except BaseException:
@@ -166,6 +187,33 @@ def _vm_key(keys: KeyService, state: Path, vm_id: str, wanted: NewImage) -> Iter
         finally:
             if vm_key is not None:
                 vm_key.wipe()
+
+
+def _create_key(keys: KeyService, vm_id: str, wanted: NewKey) -> VmKey:
+    handed_in = _console_key(wanted)
+    try:
+        return keys.create(
+            vm_id, kmi=wanted.kmi, pcrs=wanted.pcrs, origin=wanted.origin, handed_in=handed_in,
+            slot=wanted.slot,
+        )  # fmt: skip
+    finally:
+        if handed_in is not None:
+            wipe(handed_in)
+
+
+def _console_key(wanted: NewKey) -> bytearray | None:
+    """Read the key that the console hands in; it never stands in an argument."""
+    if (wanted.origin == "console") != (wanted.file is not None):
+        raise UsageError("--key-file", "goes with --key-from console, and that needs it")
+    if wanted.file is None:
+        return None
+    key, size = bytearray(VM_KEY_SIZE + 1), 0
+    source = sys.stdin.fileno() if wanted.file == STDIN else wanted.file
+    # Unbuffered, into a buffer that is wiped.
+    with open(source, "rb", buffering=0, closefd=wanted.file != STDIN) as file:
+        while size < len(key) and (count := file.readinto(memoryview(key)[size:])):
+            size += count
+    return key[:size]
 
 
 @contextlib.contextmanager

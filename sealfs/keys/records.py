@@ -25,12 +25,14 @@ from sealfs.keys.hostrecord import (
     SealedObject,
 )
 
-RECORD_VERSION: Final = 1
+RECORD_VERSION: Final = 2
+"""Version 2 has a software slot behind the recovery slots; one without is written as version 1."""
 RECORD_SIZE_MAX: Final = 16 * 1024
 """Four TPM slots with 24 PCR values each and eight recovery slots take about 8 KiB."""
 TPM_SLOT_COUNT_MAX: Final = 4
 RECOVERY_SLOT_COUNT_MAX: Final = 8
 RECOVERY_SLOT_SIZE_MAX: Final = 512
+SOFTWARE_SLOT_SIZE_MAX: Final = 512
 VM_KEY_SIZE: Final = 64
 BINDING_SIZE: Final = 32
 PCR_VALUE_SIZE: Final = 32
@@ -43,6 +45,14 @@ class Origin(IntEnum):
     """HKDF over the TPM's and the kernel's random bytes, on this host."""
     RECOVERED = 2
     """Taken out of a recovery slot; first made elsewhere or earlier."""
+    CONSOLE = 3
+    """Handed in by the console."""
+    SERVICE = 4
+    """The kernel's random bytes, on this host."""
+    TPM = 5
+    """The TPM's random bytes."""
+    IMPORTED = 6
+    """Came from another host, wrapped to this one's TPM."""
 
 
 class PolicyKind(IntEnum):
@@ -112,12 +122,13 @@ class KeyRecord:
     tpm_slots: tuple[TpmSlot, ...]
     recovery_slots: tuple[bytes, ...]
     mac: bytes = bytes(MAC_SIZE)
+    software_slot: bytes = b""
 
     def _body(self) -> bytes:
         return b"".join(
             (
                 labels.RECORD_MAGIC,
-                wire.number(RECORD_VERSION, 2),
+                wire.number(2 if self.software_slot else 1, 2),
                 wire.text(self.kmi),
                 wire.text(self.vm_id),
                 wire.number(self.created, 8),
@@ -126,6 +137,7 @@ class KeyRecord:
                 *(slot.encode() for slot in self.tpm_slots),
                 wire.number(len(self.recovery_slots), 1),
                 *(wire.counted(slot) for slot in self.recovery_slots),
+                wire.counted(self.software_slot) if self.software_slot else b"",
             )
         )
 
@@ -146,7 +158,13 @@ class KeyRecord:
             raise KeyRecordDamaged(subject, f"has more than {RECORD_SIZE_MAX} bytes")
         reader = wire.Reader(raw, subject)
         reader.magic(labels.RECORD_MAGIC, "key record")
-        reader.version(RECORD_VERSION, "the key record")
+        version = reader.number(2)
+        if not 1 <= version <= RECORD_VERSION:
+            raise FormatError(
+                subject,
+                f"the key record has format version {version}, this sealfs reads 1 to "
+                f"{RECORD_VERSION}",
+            )
         kmi, vm_id = reader.identifier(), reader.identifier()
         created = reader.number(8)
         origin = reader.number(1)
@@ -162,9 +180,10 @@ class KeyRecord:
                 f"has {recovery_count} recovery slots, at most {RECOVERY_SLOT_COUNT_MAX}"
             )
         recovery = tuple(reader.counted(RECOVERY_SLOT_SIZE_MAX, 1) for _ in range(recovery_count))
+        software = reader.counted(SOFTWARE_SLOT_SIZE_MAX, 1) if version > 1 else b""
         mac = reader.take(MAC_SIZE)
         reader.finish()
-        return cls(kmi, vm_id, created, Origin(origin), tpm_slots, recovery, mac)
+        return cls(kmi, vm_id, created, Origin(origin), tpm_slots, recovery, mac, software)
 
     def with_mac(self, mac_key: bytes | bytearray) -> Self:
         """Return the record authenticated under the VM key's MAC subkey."""

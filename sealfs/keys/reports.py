@@ -24,7 +24,7 @@ RECOVERY_WORDS: Final = {
     RecoveryKind.HOST: "host",
     RecoveryKind.ORGANISATION: "organisation",
 }
-ORIGIN_WORDS: Final = {Origin.MIXED: "mixed", Origin.RECOVERED: "recovered"}
+ORIGIN_WORDS: Final = {origin: origin.name.lower() for origin in Origin}
 POLICY_WORDS: Final = {PolicyKind.NONE: "none", PolicyKind.PCRS: "pcrs"}
 
 
@@ -171,6 +171,7 @@ def key_info(record: KeyRecord, file: str, storage_key_name: bytes) -> KeyInfo:
         created=time_text(record.created),
         origin=ORIGIN_WORDS[record.origin],
         slots=tuple(_tpm_slot_info(slot, storage_key_name) for slot in record.tpm_slots)
+        + ((SlotInfo("software", "none", (), True, None),) if record.software_slot else ())
         + tuple(
             SlotInfo("recovery", "none", (), False, recipient_text(slot))
             for slot in record.recovery_slots

@@ -191,7 +191,10 @@ class Rotation:
             self._vault.add_own_recipient(key)
             pcrs = next((slot.pcrs for slot in record.tpm_slots), ())
             # Crash in here: no pending record, and the VM is as it was.
-            self._vault.protect(key, Origin.MIXED, pcrs, tpm, held, is_pending=True)
+            is_software = bool(record.software_slot)
+            self._vault.protect(
+                key, Origin.MIXED, pcrs, tpm, held, is_pending=True, is_software=is_software
+            )
         except BaseException:
             key.wipe()
             raise

@@ -17,10 +17,11 @@ import dataclasses
 import hmac
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
@@ -31,10 +32,12 @@ from sealfs.errors import (
     KeyRefused,
     KeyServiceError,
     TpmUnavailable,
+    UsageError,
 )
-from sealfs.keys import policy, provision, records, recovery, reports, wire
+from sealfs.keys import origins, policy, provision, records, recovery, reports, wire
 from sealfs.keys.host import Host, HostCounter, mixed_random
 from sealfs.keys.ledger import Ledger
+from sealfs.keys.origins import KeyOrigin, KmiKind
 from sealfs.keys.records import KeyRecord, Origin, TpmSlot
 from sealfs.keys.registry import Registry
 from sealfs.keys.reports import InitReport, KeyInfo, SlotReport
@@ -46,9 +49,7 @@ from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey, wipe
 if TYPE_CHECKING:
     from sealfs.keys.tpm import Tpm
 
-KmiKind = Literal["vm-id", "opaque"]
-
-OPAQUE_KMI_SIZE: Final = 16
+SlotKind = Literal["tpm", "software"]
 
 _log = logging.getLogger(__name__)
 
@@ -138,27 +139,40 @@ class KeyService:
         with self._host.tpm() as tpm:
             return bytes(mixed_random(tpm, size))
 
-    def create(self, vm_id: str, *, kmi: KmiKind = "vm-id", pcrs: tuple[int, ...] = ()) -> VmKey:
+    def create(
+        self, vm_id: str, *, kmi: KmiKind = "vm-id", pcrs: tuple[int, ...] = (),
+        origin: KeyOrigin = "mixed", handed_in: bytes | bytearray | None = None,
+        slot: SlotKind = "tpm",
+    ) -> VmKey:  # fmt: skip
         """Make a VM's key; durable on return.
 
         Args:
             vm_id: 1 to 255 bytes of UTF-8 without control characters.
-            kmi: Find the key by its VM id, or by an opaque identifier made here.
+            kmi: Find the key by its VM id, or by an identifier made by the service or the TPM.
             pcrs: Have the TPM give the key only while these PCRs are as they are now.
+            origin: Who makes the key.
+            handed_in: The key, 64 bytes, where the console made it; the caller wipes it.
+            slot: Have the TPM protect it, or the key service, which the TPM protects.
 
         Raises:
             AlreadyExists: this VM has a key here.
             UsageError: a VM id or PCR list that cannot be used.
             KeyRefused, TpmUnavailable, KeyRecordDamaged: from the TPM and the host record.
         """
-        return self._make(vm_id, kmi, pcrs, is_existing_fine=False)
+        if handed_in is not None:
+            origins.check_handed_in(handed_in, "VM key")
+        if slot == "software" and pcrs:
+            raise UsageError(vm_id, "a software slot has no policy: PCRs need a slot of the TPM")
+        make = partial(origins.raw_key, origin, handed_in)
+        return self._make(vm_id, kmi, pcrs, make, origin, slot, is_existing_fine=False)
 
     def ensure(self, vm_id: str, *, kmi: KmiKind = "vm-id", pcrs: tuple[int, ...] = ()) -> VmKey:
         """Return the VM's key, made now if it has none: a VM may have several disks.
 
         `kmi` and `pcrs` concern a key that is made now. Raises as `create` and `unseal`.
         """
-        return self._make(vm_id, kmi, pcrs, is_existing_fine=True)
+        make = partial(origins.raw_key, "mixed", None)
+        return self._make(vm_id, kmi, pcrs, make, "mixed", "tpm", is_existing_fine=True)
 
     def unseal(self, kmi: str, vm_id: str) -> VmKey:
         """Return the key of a KMI, for its own VM.
@@ -337,6 +351,8 @@ class KeyService:
                 except KeyServiceError as error:
                     opens, detail = False, error.detail
                 found.append(SlotReport(index, "tpm", opens, detail, tuple(trouble), lockout))
+            if record.software_slot:
+                found.append(self._try_software(record, len(found)))
         for index, raw in enumerate(record.recovery_slots, start=len(found)):
             text = f"opens with recovery key {reports.recipient_text(raw)}; not tried"
             found.append(SlotReport(index, "recovery", None, text))
@@ -345,8 +361,9 @@ class KeyService:
     # Inside
 
     def _make(
-        self, vm_id: str, kind: KmiKind, pcrs: tuple[int, ...], *, is_existing_fine: bool
-    ) -> VmKey:
+        self, vm_id: str, kind: KmiKind, pcrs: tuple[int, ...], make: Callable[[Tpm], bytearray],
+        origin: KeyOrigin, slot: SlotKind, *, is_existing_fine: bool,
+    ) -> VmKey:  # fmt: skip
         wire.check_identifier(vm_id, "VM id")
         pcrs = policy.check_pcrs(pcrs)
         with self._state.lock() as held:
@@ -358,16 +375,13 @@ class KeyService:
                     # While the key is changed, images are made under the one to come.
                     record = self._vault.read_pending(record.kmi) or record
                     return self._vault.open_record(record, tpm)
-                kmi = vm_id if kind == "vm-id" else mixed_random(tpm, OPAQUE_KMI_SIZE).hex()
-                key = VmKey(
-                    mixed_random(tpm, records.VM_KEY_SIZE),
-                    vm_id=vm_id,
-                    kmi=kmi,
-                    recovery_slots=(),
-                )
+                kmi = origins.new_kmi(kind, vm_id, tpm)
+                key = VmKey(make(tpm), vm_id=vm_id, kmi=kmi, recovery_slots=())
                 try:
                     self._vault.add_own_recipient(key)
-                    self._vault.protect(key, Origin.MIXED, pcrs, tpm, held)
+                    is_software = slot == "software"
+                    made = origins.ORIGINS[origin]
+                    self._vault.protect(key, made, pcrs, tpm, held, is_software=is_software)
                 except BaseException:
                     key.wipe()
                     raise
@@ -412,6 +426,13 @@ class KeyService:
             if not old.is_authentic(mac_key):
                 return ()
         return next((slot.pcrs for slot in old.tpm_slots), ())
+
+    def _try_software(self, record: KeyRecord, index: int) -> SlotReport:
+        try:
+            self._vault.open_software(record).wipe()
+        except (FormatError, KeyServiceError) as error:
+            return SlotReport(index, "software", False, error.detail)
+        return SlotReport(index, "software", True, "opens")
 
     def _pcr_trouble(self, slot: TpmSlot, tpm: Tpm) -> list[str]:
         if not slot.pcrs:

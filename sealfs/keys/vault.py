@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import logging
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from sealfs.errors import (
     KeyServiceError,
     TpmUnavailable,
 )
-from sealfs.keys import policy, records, recovery, reports, wire
+from sealfs.keys import policy, records, recovery, reports, software, wire
 from sealfs.keys.host import Host
 from sealfs.keys.hostrecord import RecoveryKind
 from sealfs.keys.records import KeyRecord, Origin, PolicyKind, TpmSlot
@@ -102,29 +103,19 @@ class Vault:
         held: HeldLock,
         *,
         is_pending: bool = False,
+        is_software: bool = False,
     ) -> None:
         """Seal a key, prove that it opens, write its record; durable on return.
 
-        `is_pending`: beside the record that stands, as the one to come.
+        `is_pending`: beside the record that stands, as the one to come. `is_software`: in a
+        software slot, which has no policy.
         """
-        values = tpm.pcr_values(pcrs) if pcrs else ()
-        digest = policy.pcr_policy(pcrs, values) if pcrs else b""
-        with key.secret() as secret:
-            payload = records.vm_payload(key.vm_id, key.kmi, secret)
-        try:
-            sealed = tpm.seal(payload, policy_digest=digest)
-        finally:
-            wipe(payload)
-        slot = TpmSlot(
-            PolicyKind.PCRS if pcrs else PolicyKind.NONE,
-            pcrs,
-            values,
-            self._host.record.storage_key.name,
-            sealed,
-        )
+        tpm_slots = () if is_software else (self._tpm_slot(key, pcrs, tpm),)
+        software_slot = self._software_slot(key) if is_software else b""
         record = KeyRecord(
-            key.kmi, key.vm_id, int(time.time()), origin, (slot,), key.recovery_slots
-        )
+            key.kmi, key.vm_id, int(time.time()), origin, tpm_slots, key.recovery_slots,
+            software_slot=software_slot,
+        )  # fmt: skip
         with key.record_mac_key() as mac_key:
             record = record.with_mac(mac_key)
         with (
@@ -137,6 +128,32 @@ class Vault:
         # Crash here: no record, and nothing is sealed under this key yet.
         file = self._state.pending_file if is_pending else self._state.record_file
         self._state.write(file(key.kmi), record.encode(), held)
+
+    def _tpm_slot(self, key: VmKey, pcrs: tuple[int, ...], tpm: Tpm) -> TpmSlot:
+        values = tpm.pcr_values(pcrs) if pcrs else ()
+        digest = policy.pcr_policy(pcrs, values) if pcrs else b""
+        with key.secret() as secret:
+            payload = records.vm_payload(key.vm_id, key.kmi, secret)
+        try:
+            sealed = tpm.seal(payload, policy_digest=digest)
+        finally:
+            wipe(payload)
+        return TpmSlot(
+            PolicyKind.PCRS if pcrs else PolicyKind.NONE,
+            pcrs,
+            values,
+            self._host.record.storage_key.name,
+            sealed,
+        )
+
+    def _software_slot(self, key: VmKey) -> bytes:
+        salt = os.urandom(software.SALT_SIZE)
+        info = software.subkey_info(key.vm_id, key.kmi, salt)
+        with self._host.subkey_in_use(info) as subkey, key.secret() as secret:
+            return software.wrap(
+                secret, subkey, vm_id=key.vm_id, kmi=key.kmi,
+                host_id=self._host.record.host_id, salt=salt,
+            )  # fmt: skip
 
     def keep_slots(
         self, record: KeyRecord, key: VmKey, slots: tuple[bytes, ...], held: HeldLock
@@ -183,6 +200,8 @@ class Vault:
                 raise
             except KeyServiceError as error:
                 first = first or error
+        if record.software_slot:
+            return self.open_software(record)
         raise first or KeyRefused(record.vm_id, "its record has no slot for a TPM")
 
     def open_slot(self, record: KeyRecord, slot: TpmSlot, tpm: Tpm) -> VmKey:
@@ -202,6 +221,20 @@ class Vault:
             raw_key = records.open_vm_payload(payload, record.vm_id, record.kmi)
         finally:
             wipe(payload)
+        return self._authentic(raw_key, record)
+
+    def open_software(self, record: KeyRecord) -> VmKey:
+        """Return the key of the software slot, as `open_slot`; within a use of the TPM."""
+        salt = software.salt_of(record.software_slot, record.vm_id, self._host.record.host_id)
+        info = software.subkey_info(record.vm_id, record.kmi, salt)
+        with self._host.subkey_in_use(info) as subkey:
+            raw_key = software.unwrap(
+                record.software_slot, subkey, vm_id=record.vm_id, kmi=record.kmi
+            )
+        return self._authentic(raw_key, record)
+
+    def _authentic(self, raw_key: bytearray, record: KeyRecord) -> VmKey:
+        """Return the key of a record that authenticates under it."""
         key = VmKey(
             raw_key, vm_id=record.vm_id, kmi=record.kmi, recovery_slots=record.recovery_slots
         )
