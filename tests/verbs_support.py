@@ -1,7 +1,7 @@
 """What the tests of the key verbs share: hosts with images, commands in this process, deaths.
 
-A death is drawn at a durable write, counted over the state directory and the images: before it or
-after it. A dead process writes nothing more, whatever its handlers try.
+A death comes after a durable write, counted over the state directory and the images. A dead process
+writes nothing more, whatever its handlers try.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class Host:
 
 
 @contextlib.contextmanager
-def dying(at: int, *, after: bool) -> Iterator[list[str]]:
-    """Die at the `at`-th durable write (from 1); lends the names of the writes that were done."""
+def dying(at: int) -> Iterator[list[str]]:
+    """Die after the `at`-th durable write (from 1); lends the names of those that were done."""
     done: list[str] = []
     count = 0
 
@@ -127,7 +127,7 @@ def dying(at: int, *, after: bool) -> Iterator[list[str]]:
         def call(*arguments: Any, **options: Any) -> Any:
             nonlocal count
             count += 1
-            if count > at or (count == at and not after):
+            if count > at:
                 raise Died
             result = real(*arguments, **options)
             done.append(name)
@@ -150,23 +150,22 @@ def dying(at: int, *, after: bool) -> Iterator[list[str]]:
 def deaths(
     hosts: list[Host], act: Callable[[], object], look: Callable[[list[str]], None]
 ) -> list[str]:
-    """Let `act` die at each of its writes, before and after; `look` at what is left each time.
+    """Let `act` die after each of its writes; `look` at what is left each time.
 
     Returns the names of all its writes.
     """
     saved = [host.saved() for host in hosts]
     for at in range(1, RUNS_MAX):
-        for after in (False, True):
-            for host, place in zip(hosts, saved, strict=True):
-                host.restore(place)
-            with dying(at, after=after) as done:
-                try:
-                    act()
-                except (Died, AssertionError):
-                    is_dead = True
-                else:
-                    is_dead = False
-            if not is_dead:
-                return done
-            look(done)
+        for host, place in zip(hosts, saved, strict=True):
+            host.restore(place)
+        with dying(at) as done:
+            try:
+                act()
+            except (Died, AssertionError):
+                is_dead = True
+            else:
+                is_dead = False
+        if not is_dead:
+            return done
+        look(done)
     raise AssertionError(f"more than {RUNS_MAX} writes")

@@ -318,6 +318,7 @@ HINTS: tuple[tuple[type[BaseException], Hint, str], ...] = (
     (errors.TpmUnavailable, _tpm, ""),
     (errors.RecoveryRefused, _nothing, "type it again; `sealfs info IMAGE` names the right one"),
     (errors.KeyNotFound, _no_key, ""),
+    (errors.KeyGone, _nothing, "moved: `key enroll --move` there, `key import` here"),
     (errors.KeyRefused, _key_refused, ""),
     (errors.KeyRecordDamaged, _key_refused, "registry, host record: a backup of the state"),
     (errors.KeyServiceError, _nothing, "`-v` shows more"),

@@ -76,6 +76,7 @@ def show_key(settings: Settings, vm: str) -> None:
             ("created", record.created),
             ("origin", record.origin),
             ("record", str(settings.state / record.file)),
+            *([("gone", record.gone)] if record.gone else []),
             *slots,
         ]
     )
@@ -93,7 +94,8 @@ def test_keys(settings: Settings, vms: tuple[str, ...], every: bool) -> int:
     if bool(vms) == every:
         raise UsageError("key test", "name virtual machines, or --all")
     with settings.keys() as keys:
-        records = keys.records() if every else [record_of(keys, vm) for vm in vms]
+        named = [record_of(keys, vm) for vm in vms]
+        records = [info for info in keys.records() if not info.gone] if every else named
         found = [(record, *_try(keys, record)) for record in records]
     if settings.json:
         print_json(

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "scrub": ("check", "Verify images in the background, at a low rate."),
     "register": ("images", "Accept an image under its present path."),
     "accept-rollback": ("rollback", "Accept an older image, or an older state directory."),
+    "host-id": ("key_move", "Tell who this host is, for `key enroll` on another."),
     "key": ("key", "Look at keys, try them, recover them."),
     "doctor": ("doctor", "Say what this host can do, and what to mend."),
 }

@@ -179,6 +179,8 @@ def key_text(record: KeyInfo | Mapping[str, Any]) -> str:
     found = record if isinstance(record, Mapping) else record.to_json()
     if found["problem"]:
         return str(found["problem"])
+    if found["gone"]:
+        return str(found["gone"])
     slots: Any = found["slots"]
     texts = [slot_text(slot) for slot in slots]
     if found["is_changing"]:

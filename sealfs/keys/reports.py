@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from sealfs.keys import recovery
@@ -13,6 +14,7 @@ from sealfs.keys.hostrecord import (
     StorageKeyKind,
 )
 from sealfs.keys.records import KeyRecord, Origin, PolicyKind, TpmSlot
+from sealfs.keys.tombstone import Tombstone, Why
 
 STORAGE_KEY_WORDS: Final = {
     StorageKeyKind.TRANSIENT: "ECC P-256, made at each use",
@@ -99,7 +101,8 @@ class SlotInfo:
 class KeyInfo:
     """One key record; `problem` says why it cannot be read, and then the rest is empty.
 
-    `is_changing`: a `key rotate` was begun and has not ended.
+    `is_changing`: a `key rotate` was begun and has not ended. `gone`: moved or revoked; a revoked
+    key has nothing else.
     """
 
     file: str
@@ -110,6 +113,7 @@ class KeyInfo:
     slots: tuple[SlotInfo, ...]
     problem: str | None = None
     is_changing: bool = False
+    gone: str | None = None
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -121,6 +125,7 @@ class KeyInfo:
             "slots": [slot.to_json() for slot in self.slots],
             "problem": self.problem,
             "is_changing": self.is_changing,
+            "gone": self.gone,
         }
 
 
@@ -177,6 +182,25 @@ def key_info(record: KeyRecord, file: str, storage_key_name: bytes) -> KeyInfo:
             for slot in record.recovery_slots
         ),
     )
+
+
+def with_tombstones(infos: list[KeyInfo], stones: Mapping[str, Tombstone]) -> list[KeyInfo]:
+    """Return the records as they are to be shown beside the tombstones of this host, by file."""
+    texts = {stone.kmi: _gone_text(stone) for stone in stones.values()}
+    shown = [replace(info, gone=texts.get(info.kmi)) for info in infos]
+    there = {info.kmi for info in infos}
+    return shown + [
+        KeyInfo(file, stone.kmi, stone.vm_id, "", "", (), gone=texts[stone.kmi])
+        for file, stone in stones.items()
+        if stone.kmi not in there
+    ]
+
+
+def _gone_text(stone: Tombstone) -> str:
+    when = time_text(stone.when)
+    if stone.why is Why.MOVED:
+        return f"moved to host {stone.to_host.hex()} at {when}"
+    return f"revoked at {when}"
 
 
 def _tpm_slot_info(slot: TpmSlot, storage_key_name: bytes) -> SlotInfo:

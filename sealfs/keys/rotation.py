@@ -108,6 +108,7 @@ class Rotation:
             KeyRefused, KeyRecordDamaged, TpmUnavailable: as by unsealing.
         """
         with self._host.state.lock() as held, self._host.tpm_under(held) as tpm:
+            self._vault.check_not_gone(self._vm_id)
             record = self._vault.record_of_vm(self._vm_id)
             if record is None:
                 raise KeyNotFound(self._vm_id, "this host has no key for it")

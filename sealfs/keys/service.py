@@ -35,8 +35,10 @@ from sealfs.errors import (
     UsageError,
 )
 from sealfs.keys import origins, policy, provision, records, recovery, reports, wire
+from sealfs.keys.enrolment import HostId, Package
 from sealfs.keys.host import Host, HostCounter, mixed_random
 from sealfs.keys.ledger import Ledger
+from sealfs.keys.moving import Moving, host_id
 from sealfs.keys.origins import KeyOrigin, KmiKind
 from sealfs.keys.records import KeyRecord, Origin, TpmSlot
 from sealfs.keys.registry import Registry
@@ -69,6 +71,7 @@ class KeyService:
             subkey=host.subkey,
             subject=str(host.state.path / LEDGER_FILE),
         )
+        self.moving = Moving(host, self._vault, self.ledger)
 
     @staticmethod
     def initialise(
@@ -257,6 +260,7 @@ class KeyService:
         try:
             with self._state.lock() as held, self._host.tpm_under(held) as tpm:
                 pcrs: tuple[int, ...] = ()
+                self._vault.check_not_gone(vm_id)
                 try:
                     old = self._vault.read(self._state.record_file(kmi), kmi=kmi)
                 except (FormatError, KeyRecordDamaged) as error:
@@ -307,6 +311,26 @@ class KeyService:
             finally:
                 rotation.close()
 
+    def changing_key(self, vm_id: str) -> contextlib.AbstractContextManager[None]:
+        """Keep images of a VM from being made for a while; see `rotation.changing_key`."""
+        return changing_key(self, vm_id)
+
+    def host_id(self) -> HostId:
+        """Return who this host is, for another one. Raises as `moving.host_id`."""
+        return host_id(self._host)
+
+    def import_package(self, raw: bytes, subject: str) -> Package:
+        """Make the key of a package usable here; durable on return. Raises as `Moving.take`."""
+
+        def known(old: KeyRecord, key: VmKey, tpm: Tpm) -> tuple[bool, tuple[int, ...]]:
+            existing = self._existing(old, key, tpm)
+            if existing is None:
+                return False, self._authentic_pcrs(old, key)
+            existing.wipe()
+            return True, ()
+
+        return self.moving.take(raw, subject, known)
+
     # Looking at keys
 
     def records(self) -> list[KeyInfo]:
@@ -323,6 +347,7 @@ class KeyService:
                 info = reports.key_info(record, file, name_of_key)
                 is_changing = self._state.has(self._state.pending_file(record.kmi))
                 found.append(dataclasses.replace(info, is_changing=is_changing))
+        found = reports.with_tombstones(found, self._vault.tombstones())
         return sorted(found, key=lambda info: (info.vm_id, info.kmi, info.file))
 
     def test(self, kmi: str) -> list[SlotReport]:
@@ -367,6 +392,7 @@ class KeyService:
         wire.check_identifier(vm_id, "VM id")
         pcrs = policy.check_pcrs(pcrs)
         with self._state.lock() as held:
+            self._vault.check_not_gone(vm_id)
             record = self._vault.record_of_vm(vm_id)
             if record is not None and not is_existing_fine:
                 raise AlreadyExists(vm_id, "this VM has a key on this host already")

@@ -51,6 +51,8 @@ REGISTRY_FILE: Final = "registry"
 LEDGER_FILE: Final = "ledger"
 LOCK_FILE: Final = "lock"
 RECORD_SUFFIX: Final = ".slot"
+GONE_SUFFIX: Final = ".gone"
+"""The tombstone of a key that was moved or revoked."""
 PENDING_SUFFIX: Final = ".next"
 """The record of the key that a VM's images are just being rewrapped to."""
 TEMPORARY_PREFIX: Final = ".new-"
@@ -343,15 +345,18 @@ class StateDir:
         except OSError as error:
             raise StorageFailed(self.path / new, f"cannot be named: {error.strerror}") from error
 
-    def record_names(self) -> list[str]:
-        """Return the names of all key record files, relative to the state directory, sorted."""
+    def record_names(self, suffix: str = RECORD_SUFFIX) -> list[str]:
+        """Return the names of all key record files, relative to the state directory, sorted.
+
+        `suffix`: of another kind of file beside them.
+        """
         try:
             found = os.listdir(self.keys_directory)
         except OSError as error:
             raise KeyRecordDamaged(
                 self.keys_directory, f"cannot be read: {error.strerror}"
             ) from error
-        return sorted(f"{KEYS_DIRECTORY}/{name}" for name in found if name.endswith(RECORD_SUFFIX))
+        return sorted(f"{KEYS_DIRECTORY}/{name}" for name in found if name.endswith(suffix))
 
     def record_file(self, kmi: str) -> str:
         """Return the name of a KMI's record, relative to the state directory."""
@@ -360,6 +365,10 @@ class StateDir:
     def pending_file(self, kmi: str) -> str:
         """Return the name of the record that a KMI's will be replaced by, as `record_file`."""
         return self.record_file(kmi).removesuffix(RECORD_SUFFIX) + PENDING_SUFFIX
+
+    def gone_file(self, kmi: str) -> str:
+        """Return the name of a KMI's tombstone, as `record_file`."""
+        return self.record_file(kmi).removesuffix(RECORD_SUFFIX) + GONE_SUFFIX
 
     def _sweep(self, directory: Path) -> None:
         # Every writer holds the lock, so a temporary file seen here was left by a dead one.

@@ -50,6 +50,7 @@ class Act(Enum):
     PROVISION = "set up the storage key"
     SEAL = "seal a key"
     LOAD = "load a key record"
+    IMPORT = "import a key"
     UNSEAL = "unseal a key"
     READ = "read the TPM's state"
     COUNTER = "use the NV counter"
@@ -88,6 +89,10 @@ def error_of(code: int, act: Act, subject: object, cause: str | None = None) -> 
         # The storage key was compared with its pin before, so another TPM is excluded.
         return KeyRecordDamaged(
             subject, f"its sealed object is not one this TPM made, or was altered ({code:#x})"
+        )
+    if act is Act.IMPORT and is_about_object and known not in (BAD_AUTH, HANDLE):
+        return KeyRecordDamaged(
+            subject, f"its package was altered, or wrapped to another TPM ({code:#x})"
         )
     sentence = _REFUSALS.get(known)
     if sentence is not None:
