@@ -232,7 +232,7 @@ def _key_refused(error: BaseException, situation: Situation) -> str | None:
         return situation.sealfs("accept-rollback --ledger")
     if lost.name in _STATE_FILES and lost.parent == situation.state:
         return f"restore {quoted(lost)} from a backup; without one this host is lost, see README"
-    if situation.command == "key recover":
+    if situation.command in ("key recover", "key import", "key enroll"):
         return None
     if situation.path is None:
         return situation.sealfs("key recover IMAGE") + ", any image of this VM"

@@ -97,7 +97,7 @@ def rewrite(disk: Disk, keys: KeyService, image_key_of: ImageKeyOf, wanted: Want
         if _rewrite_in_mount(disk, wanted):
             return
         try:
-            with _alone(disk, keys) as storage:
+            with alone(disk, keys) as storage:
                 known = _checked(disk, read_identity(storage))
                 key = image_key_of(known)
                 try:
@@ -112,8 +112,12 @@ def rewrite(disk: Disk, keys: KeyService, image_key_of: ImageKeyOf, wanted: Want
 
 
 @contextlib.contextmanager
-def _alone(disk: Disk, keys: KeyService) -> Iterator[FileStorage]:
-    """Lend the file of an image that nobody uses."""
+def alone(disk: Disk, keys: KeyService) -> Iterator[FileStorage]:
+    """Lend the file of an image that nobody uses.
+
+    Raises:
+        Busy: somebody does.
+    """
     with contextlib.ExitStack() as stack:
         storage = FileStorage.open(disk.path)
         stack.callback(storage.close)
@@ -133,7 +137,9 @@ def _rewrite_in_mount(disk: Disk, wanted: Wanted) -> bool:
         "rewrite-identity",
         path=path,
         generation=known.generation,
-        wrapped_keys=[[at, _text(raw)] for at, raw in after.wrapped_keys],
+        wrapped_keys=None
+        if after.wrapped_keys == known.wrapped_keys
+        else [[at, _text(raw)] for at, raw in after.wrapped_keys],
         recovery_slots=[_text(raw) for raw in after.recovery_slots],
     )
     return bool(answer["done"])

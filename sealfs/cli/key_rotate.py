@@ -55,7 +55,7 @@ def rotate_key(settings: Settings, vm: str, lost: tuple[Path, ...]) -> None:
             rotation.finish()
             dropped = rotation.dropped
     for path in left:
-        warn(f'"{path}" was left out: only its recovery key opens it now')
+        warn(f'"{path}" was left out: its recovery key opens it on another host, this one not')
     for name in dropped:
         warn(f"recovery key {name} does not open the new key: make another by `key recovery`")
     if settings.json:

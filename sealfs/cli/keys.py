@@ -198,7 +198,7 @@ def _recover(
         known = freshness.newcomer(place.sealed, identity.uuid, keys.ledger)
         opened = sealed.open_with(storage, identity, keys, known)
         sure = opened.identity
-        keys.adopt_recovery_slots(
+        keys.slots.adopt(
             sure.kmi, sure.vm_id, sure.uuid, sure.wrapped_key(storage.path), sure.recovery_slots
         )
         entered = enter(keys, place.sealed, opened, replace=replace)

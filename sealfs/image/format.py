@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final, Self
 
-from sealfs.errors import FormatError, IntegrityError
+from sealfs.errors import FormatError, IntegrityError, KeyGone
 from sealfs.image.layout import ENTRY_SIZE, Geometry
 
 MAGICS: Final = {
@@ -236,8 +236,11 @@ class Identity:
         """Return the wrapped key of the image's key generation.
 
         Raises:
+            KeyGone: the image was erased.
             FormatError: there is none.
         """
+        if not self.wrapped_keys:
+            raise KeyGone(path, "is erased: its key was revoked, and nothing opens it")
         for generation, wrapped in self.wrapped_keys:
             if generation == self.key_generation:
                 return wrapped

@@ -44,9 +44,10 @@ from sealfs.keys.records import KeyRecord, Origin, TpmSlot
 from sealfs.keys.registry import Registry
 from sealfs.keys.reports import InitReport, KeyInfo, SlotReport
 from sealfs.keys.rotation import Rotation, changing_key
+from sealfs.keys.slots import Slots
 from sealfs.keys.statedir import LEDGER_FILE, ImageLock
 from sealfs.keys.vault import Vault
-from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey, wipe
+from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey
 
 if TYPE_CHECKING:
     from sealfs.keys.tpm import Tpm
@@ -72,6 +73,7 @@ class KeyService:
             subject=str(host.state.path / LEDGER_FILE),
         )
         self.moving = Moving(host, self._vault, self.ledger)
+        self.slots = Slots(host, self._vault)
 
     @staticmethod
     def initialise(
@@ -239,9 +241,10 @@ class KeyService:
 
         A slot proves who can open it, not who made it: an image from an untrusted place can
         carry a key that somebody else knows. Of the slots only those that this recovery key
-        opens are kept; the others wait for `adopt_recovery_slots`.
+        opens are kept; the others wait for `Slots.adopt`.
 
         Raises:
+            KeyGone: it was moved to another host, or revoked.
             RecoveryRefused: mistyped, or no slot is for this recovery key.
             KeyRecordDamaged: the slots are of another VM, or altered.
             KeyRefused: this host holds another key for this VM.
@@ -250,6 +253,7 @@ class KeyService:
         wire.check_identifier(vm_id, "VM id")
         wire.check_identifier(kmi, "KMI")
         private = recovery.parse_private(recovery_key)
+        self._vault.check_not_gone(vm_id)
         raw_key = recovery.unwrap(list(recovery_slots), private, vm_id=vm_id, kmi=kmi)
         recovered = VmKey(
             raw_key,
@@ -260,7 +264,6 @@ class KeyService:
         try:
             with self._state.lock() as held, self._host.tpm_under(held) as tpm:
                 pcrs: tuple[int, ...] = ()
-                self._vault.check_not_gone(vm_id)
                 try:
                     old = self._vault.read(self._state.record_file(kmi), kmi=kmi)
                 except (FormatError, KeyRecordDamaged) as error:
@@ -278,24 +281,6 @@ class KeyService:
             recovered.wipe()
             raise
         return recovered
-
-    def adopt_recovery_slots(
-        self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes, slots: Sequence[bytes]
-    ) -> None:
-        """Keep the recovery slots of an image that was verified since `recover`; durable.
-
-        Those of an image whose key is not wrapped under this host's VM key are left out.
-        """
-        with self._state.lock() as held, self._host.tpm_under(held) as tpm:
-            record = self._vault.read_known(kmi)
-            with self._vault.open_record(record, tpm) as vm_key:
-                try:
-                    wipe(vm_key.unwrap_image_key(image_uuid, wrapped))
-                except KeyRefused:
-                    return
-                known = (*record.recovery_slots, *slots)
-                found = recovery.slots_of_vm(known, records.binding(vm_id, kmi))
-                self._vault.keep_slots(record, vm_key, found, held)
 
     @contextlib.contextmanager
     def rotating(self, vm_id: str) -> Iterator[Rotation]:

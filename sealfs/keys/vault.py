@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from sealfs.errors import (
     AlreadyExists,
+    Busy,
     FormatError,
     KeyNotFound,
     KeyRecordDamaged,
@@ -91,6 +92,39 @@ class Vault:
             if record is not None and record.vm_id == vm_id:
                 return record
         return None
+
+    def changeable(self, vm_id: str) -> KeyRecord:
+        """Return the record of a VM whose key is not just changing.
+
+        Raises:
+            KeyNotFound: there is none.
+            KeyGone: it was moved or revoked.
+            Busy: the key is being rotated.
+        """
+        self.check_not_gone(vm_id)
+        record = self.record_of_vm(vm_id)
+        if record is None:
+            raise KeyNotFound(vm_id, "this host has no key for it")
+        if self._state.has(self._state.pending_file(record.kmi)):
+            raise Busy(vm_id, "its key is being rotated: finish that by `key rotate` first")
+        return record
+
+    def kmi_to_revoke(self, vm_id: str) -> str:
+        """Return the KMI of a VM's key, also of one that cannot be read or was revoked.
+
+        Raises:
+            KeyNotFound: the VM never had a key here.
+        """
+        for stone in self.tombstones().values():
+            if stone.vm_id == vm_id:
+                return stone.kmi
+        try:
+            record = self.record_of_vm(vm_id)
+        except (FormatError, KeyRecordDamaged):
+            return vm_id  # its own record, found by that name
+        if record is None:
+            raise KeyNotFound(vm_id, "this host has no key for it")
+        return record.kmi
 
     def read_known(self, kmi: str) -> KeyRecord:
         """Return the record of a KMI.

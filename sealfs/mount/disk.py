@@ -224,7 +224,10 @@ class Disk:
         return part
 
     async def rewrite_identity(
-        self, generation: int, wrapped: tuple[tuple[int, bytes], ...], slots: tuple[bytes, ...]
+        self,
+        generation: int,
+        wrapped: tuple[tuple[int, bytes], ...] | None,
+        slots: tuple[bytes, ...],
     ) -> bool:
         """Write other wrapped keys and recovery slots into the identity; durable on return.
 
@@ -240,7 +243,11 @@ class Disk:
             known = self.opened.identity
             if known.generation != generation:
                 raise Busy(self.path, "its identity was changed meanwhile: try again")
-            wanted = replace(known, wrapped_keys=wrapped, recovery_slots=slots)
+            wanted = replace(
+                known,
+                wrapped_keys=known.wrapped_keys if wrapped is None else wrapped,
+                recovery_slots=slots,
+            )
             steps = self.opened.rewrite_identity_steps(wanted, self._image_key)
             await self._workers.drive(steps)
         return True

@@ -106,18 +106,21 @@ class ImageVerbs:
         """Give one image that is open here other wrapped keys and recovery slots.
 
         Durable when answered; `done` is False where the image is not open here. The keys are
-        wrapped: this process learns no VM key by it.
+        wrapped: this process learns no VM key by it. None of them: they stay.
         """
         disk = next((d for d in self._disks.all() if str(d.path) == request.get("path")), None)
         if disk is None:
             return {"done": False}
         try:
             generation = int(request["generation"])
-            wrapped = [(int(at), base64.b64decode(raw)) for at, raw in request["wrapped_keys"]]
+            given = request["wrapped_keys"]
+            wrapped = None
+            if given is not None:
+                wrapped = tuple((int(at), base64.b64decode(raw)) for at, raw in given)
             slots = [base64.b64decode(raw) for raw in request["recovery_slots"]]
         except (KeyError, ValueError, TypeError):
             raise UsageError("rewrite-identity", "expected wrapped keys and slots") from None
-        done = await disk.rewrite_identity(generation, tuple(wrapped), tuple(slots))
+        done = await disk.rewrite_identity(generation, wrapped, tuple(slots))
         return {"done": done}
 
     def _is_meant(self, request: Document, path: str) -> bool:
