@@ -183,7 +183,11 @@ def test_a_running_vm_notices_nothing(tmp_path: Path) -> None:
                 for new, old in zip((wrapped_of(disk), wrapped_of(idle)), before, strict=True)
             )
             file.write(CONTENT)
-            host.run("key", "rotate", "web1")
+            host.run("key", "recovery", "web1")
+            for path in (disk, idle):
+                with contextlib.closing(FileStorage.peek(path)) as storage:
+                    assert len(read_identity(storage).recovery_slots) == 2
+            host.run("key", "revoke", "web1", "--yes", status=9)
         host.umount()
         host.run("check", "--data", disk)
         host.mount("ro")

@@ -18,6 +18,7 @@ from sealfs.errors import (
     UsageError,
 )
 from sealfs.keys import labels, policy, records, recovery, reports, wire
+from sealfs.keys.enrolment import HostId, Package, PackedImage
 from sealfs.keys.hostrecord import (
     HostRecord,
     RecoveryKind,
@@ -27,8 +28,10 @@ from sealfs.keys.hostrecord import (
     host_payload,
     open_host_payload,
 )
+from sealfs.keys.ledger import Progress
 from sealfs.keys.records import KeyRecord, Origin, PolicyKind, TpmSlot
 from sealfs.keys.registry import RegistryEntry, RegistryFile
+from sealfs.keys.tombstone import Tombstone, Why
 from sealfs.keys.vmkey import VmKey
 
 NAME = bytes(range(34))
@@ -55,11 +58,25 @@ REGISTRY = RegistryFile(
 RECIPIENT = X25519PrivateKey.from_private_bytes(b"\x42" * 32)
 SLOT = recovery.wrap(bytearray(b"K" * 64), recovery.public_of(RECIPIENT), vm_id="web1", kmi="web1")
 
+SOFTWARE_RECORD = KeyRecord(
+    "k", "web1", 1_700_000_000, Origin.CONSOLE, (), (), software_slot=b"software" * 15
+).with_mac(b"k" * 32)
+HOST_ID = HostId(b"h" * 16, b"p" * 92)
+PACKAGE = Package(
+    True, b"a" * 16, b"b" * 16, NAME, 1_700_000_000, "k", "web1", b"public" * 8, b"duplicate" * 20,
+    b"seed" * 17, (SLOT,), (PackedImage(b"u" * 16, "/a/\udcff.sealed", Progress(7, b"m" * 16)),),
+).with_mac(b"k" * 32)  # fmt: skip
+TOMBSTONE = Tombstone(Why.MOVED, "k", "web1", 1_700_000_000, b"b" * 16)
+
 DECODERS = {
     "record": (KeyRecord, RECORD.encode()),
     "host": (HostRecord, HOST.encode()),
     "registry": (RegistryFile, REGISTRY.encode()),
     "slot": (recovery.RecoverySlot, SLOT),
+    "record with a software slot": (KeyRecord, SOFTWARE_RECORD.encode()),
+    "host id": (HostId, HOST_ID.encode()),
+    "package": (Package, PACKAGE.encode()),
+    "tombstone": (Tombstone, TOMBSTONE.encode()),
 }
 
 
@@ -144,6 +161,19 @@ def test_the_mac_of_host_record_and_registry_covers_every_bit():
             else:
                 with pytest.raises(KeyRecordDamaged, match="does not authenticate"):
                     decoded.verify(b"k" * 32, "x")
+
+
+def test_the_mac_of_a_package_and_of_a_software_record_covers_every_bit():
+    for kind, good in ((Package, PACKAGE.encode()), (KeyRecord, SOFTWARE_RECORD.encode())):
+        assert kind.decode(good, "x").is_authentic(b"k" * 32)
+        for bit in range(0, len(good) * 8, 5):
+            raw = bytearray(good)
+            raw[bit // 8] ^= 1 << bit % 8
+            try:
+                decoded = kind.decode(bytes(raw), "x")
+            except (FormatError, KeyRecordDamaged):
+                continue
+            assert not decoded.is_authentic(b"k" * 32)
 
 
 def test_too_many_slots_are_refused():

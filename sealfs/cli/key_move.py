@@ -119,7 +119,8 @@ def import_key(settings: Settings, package_file: Path, images: tuple[Path, ...])
     """Make the key in a package usable here, sealed to this host's TPM, and register images.
 
     Those named, and those that stand where they were registered here or there. A package says
-    who can open it, not who made it: take one only from somebody you trust with the VM.
+    who can open it, not who made it: take one only from somebody you trust with the VM. This
+    host's recovery key gets into the images by `key recovery VM --refresh`.
     """
     for image in images:
         sealed.find(image)
