@@ -18,6 +18,7 @@ from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import UsageError
 from sealfs.image import identity as image_identity
 from sealfs.image.format import Identity
+from sealfs.keys.rotation import changing_key
 
 if TYPE_CHECKING:
     from sealfs.cli.identities import Disk
@@ -69,7 +70,7 @@ def recovery_key(
             recipient = file.read(PUBLIC_SIZE_MAX + 1)
     with settings.keys() as keys:
         vm_id = record_of(keys, vm).vm_id
-        with keys.changing_key(vm_id):
+        with changing_key(keys, vm_id):
             disks, left = identities.disks_of(keys, vm_id, without=lost)
             made = keys.slots.recovery(
                 vm_id, is_new=not refresh, recipient=recipient, subject=str(recipient_file)
@@ -111,7 +112,7 @@ def revoke_key(settings: Settings, vm: str, yes: bool, lost: tuple[Path, ...]) -
     """
     with settings.keys() as keys:
         vm_id = next((info.vm_id for info in keys.records() if vm in (info.vm_id, info.kmi)), vm)
-        with keys.changing_key(vm_id), contextlib.ExitStack() as stack:
+        with changing_key(keys, vm_id), contextlib.ExitStack() as stack:
             disks, left = identities.disks_of(keys, vm_id, without=lost)
             if not yes:
                 raise UsageError(

@@ -23,6 +23,7 @@ from sealfs.image.recovery import read_identity
 from sealfs.image.storage import FileStorage
 from sealfs.keys import enrolment
 from sealfs.keys.enrolment import HOST_KIND, PACKAGE_KIND, HostId, PackedImage
+from sealfs.keys.rotation import changing_key
 from sealfs.mount import freshness
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def enroll_key(
         _confirm(target, fingerprint)
         # A move made again, because its package was lost: nobody has used the images since.
         is_move = move and record.gone is None
-        with keys.changing_key(vm_id), _images(settings, keys, vm_id, is_move=is_move) as images:
+        with changing_key(keys, vm_id), _images(settings, keys, vm_id, is_move=is_move) as images:
             package = keys.moving.pack(vm_id, target, images, is_move=move)
             settings.situation.destination = output
             _write(output, enrolment.to_text(PACKAGE_KIND, package))

@@ -223,6 +223,17 @@ def slots_of_vm(slots: Iterable[bytes], vm_binding: bytes) -> tuple[bytes, ...]:
     return tuple(found.values())
 
 
+def slots_for(
+    private: X25519PrivateKey, slots: Iterable[bytes], vm_binding: bytes
+) -> tuple[bytes, ...]:
+    """Return the slots of this VM for one recovery key; what an image carries is not trusted.
+
+    Another slot may have been put there to have the *next* key of the VM wrapped to its recipient.
+    """
+    own = fingerprint(public_of(private)).hex()
+    return slots_of_vm((slot for slot in slots if recipient_of(slot)[0] == own), vm_binding)
+
+
 def unwrap(slots: list[bytes], private: X25519PrivateKey, *, vm_id: str, kmi: str) -> bytearray:
     """Return the VM key from the first slot that this private key opens.
 

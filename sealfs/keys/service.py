@@ -23,8 +23,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-
 from sealfs.errors import (
     AlreadyExists,
     FormatError,
@@ -259,7 +257,7 @@ class KeyService:
             raw_key,
             vm_id=vm_id,
             kmi=kmi,
-            recovery_slots=_slots_for(private, recovery_slots, records.binding(vm_id, kmi)),
+            recovery_slots=recovery.slots_for(private, recovery_slots, records.binding(vm_id, kmi)),
         )
         try:
             with self._state.lock() as held, self._host.tpm_under(held) as tpm:
@@ -295,10 +293,6 @@ class KeyService:
                 yield rotation
             finally:
                 rotation.close()
-
-    def changing_key(self, vm_id: str) -> contextlib.AbstractContextManager[None]:
-        """Keep images of a VM from being made for a while; see `rotation.changing_key`."""
-        return changing_key(self, vm_id)
 
     def host_id(self) -> HostId:
         """Return who this host is, for another one. Raises as `moving.host_id`."""
@@ -451,15 +445,3 @@ class KeyService:
         present = tpm.pcr_values(slot.pcrs)
         trio = zip(slot.pcrs, slot.pcr_values, present, strict=True)
         return [f"PCR {pcr} is not what it was" for pcr, then, now in trio if then != now]
-
-
-def _slots_for(
-    private: X25519PrivateKey, slots: Sequence[bytes], binding: bytes
-) -> tuple[bytes, ...]:
-    """Return the slots of this VM for one recovery key; what an image carries is not trusted.
-
-    Another slot may have been put there to have the *next* key of the VM wrapped to its recipient.
-    """
-    own = recovery.fingerprint(recovery.public_of(private)).hex()
-    mine = [slot for slot in slots if recovery.recipient_of(slot)[0] == own]
-    return recovery.slots_of_vm(mine, binding)[: records.RECOVERY_SLOT_COUNT_MAX]
