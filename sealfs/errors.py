@@ -69,6 +69,10 @@ class KeyNotFound(KeyServiceError):
     """This host has no key for the VM."""
 
 
+class KeyGone(KeyServiceError):
+    """The VM's key was revoked, or moved to another host."""
+
+
 class KeyRefused(KeyServiceError):
     """The TPM refuses the key: it is another one or was cleared, or a PCR changed."""
 

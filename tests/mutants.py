@@ -3,7 +3,7 @@
 Each breaks one rule by a small edit of one source file, and names the tests that are to catch it,
 the cheapest first. The text it replaces must be there exactly once: a mutant that no longer fits
 the source is an error and not a survivor. `mutants_run.py` runs them, `tools/mutants` is the
-command; the list follows FORMAT.md: 8.2, 8.3, 8.1 and 8.4, 9, then 3 to 7, then the ledger.
+command; the list follows FORMAT.md: 8.2, 8.3, 8.1 and 8.4, 9, 3 to 7, rewrites of 5, the ledger.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ SPACE = "tests/test_image_space.py"
 STORAGE = "tests/test_storage.py"
 TAMPER = "tests/test_tamper.py"
 LEDGER = "tests/test_ledger.py"
+IDENTITY = "tests/test_identity.py"
 GAPS = "tests/test_mutant_gaps.py"
 REBUILD = "tests/test_rebuild.py"
 CUTS = "tests/test_crash.py::test_every_short_workload_survives_power_cuts"
@@ -41,7 +42,7 @@ _REST = (GOLDEN, GAPS, IMAGE, SPACE, TAMPER, CUTS, KILLS, FAILS, CRASH)
 DRAWN_TESTS = {
     "journal.py": (JOURNAL, *_REST),
     "tree.py": (TREE, *_REST),
-    "image.py": _REST,
+    "image.py": (IDENTITY, *_REST),
 }
 """For a drawn mutant of each file, the cheapest first. test_image_model.py is not among them: what
 Hypothesis draws depends on the sources, so its finding something new need not be the mutant's."""
@@ -82,6 +83,7 @@ VOLUME, RECOVERY, SCAN = "image/volume.py", "image/recovery.py", "image/journal.
 FILE, TREE_FILE, CIPHER_FILE = "image/storage.py", "image/tree.py", "image/cipher.py"
 COMMITTER, SPACE_FILE, IMAGE_FILE = "image/committer.py", "image/space.py", "image/image.py"
 LEDGER_FILE, REBUILD_FILE, READER = "keys/ledger.py", "image/rebuild.py", "image/reader.py"
+IDENTITY_FILE = "image/identity.py"
 
 COMMIT = (
     Mutant(
@@ -939,8 +941,33 @@ LEDGERS = (
     ),
 )  # fmt: skip
 
+REWRITE = (
+    Mutant(
+        "a rewrite begins with the only good identity", "5", IDENTITY_FILE,
+        (("order = sorted((0, 1), key=lambda index: copies[index] == newest)", "order = [0, 1]"),),
+        (IDENTITY,),
+    ),
+    Mutant(
+        "a rewritten identity is not made durable", "5", IDENTITY_FILE,
+        (("(Step.DURABLE, geometry", "(Step.WRITE, geometry"),), (IDENTITY,),
+    ),
+    Mutant(
+        "a rewrite keeps the generation", "5", IDENTITY_FILE,
+        (("generation=newest.generation + 1)", "generation=newest.generation)"),), (IDENTITY,),
+    ),
+    Mutant(
+        "a forged identity is continued", "5", IDENTITY_FILE,
+        (("return identity if same_mac(mac, expected) else None", "return identity"),),
+        (IDENTITY,),
+    ),
+    Mutant(
+        "a failed rewrite does not poison the image", "5; 8.2", IMAGE_FILE,
+        (("yield from self._guarded(write_steps())", "yield from write_steps()"),), (IDENTITY,),
+    ),
+)  # fmt: skip
+
 NAMED: tuple[Mutant, ...] = (
-    *COMMIT, *CHECKPOINT, *WRITING, *RECOVER, *STRUCTURES, *LEDGERS,
+    *COMMIT, *CHECKPOINT, *WRITING, *RECOVER, *STRUCTURES, *REWRITE, *LEDGERS,
 )  # fmt: skip
 
 _TRUE = "equivalent: `present` is only asked for being zero or not"

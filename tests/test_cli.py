@@ -33,6 +33,7 @@ FRESH = "# fresh host"
 NORMAL = (
     (re.compile(r"\b[cbdefghijklnrtuv]{8}(-[cbdefghijklnrtuv]{8}){8}\b"), "RECOVERY-KEY"),
     (re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "UUID"),
+    (re.compile(r"\b[0-9a-f]{4}(-[0-9a-f]{4}){7}\b"), "FINGERPRINT"),
     (re.compile(r"\b[0-9a-f]{32}\b"), "HEX"),
     (re.compile(r"recovery [0-9a-f]{8}\b"), "recovery ID"),
     (re.compile(r"signed by [0-9a-f]{8}\b"), "signed by ID"),

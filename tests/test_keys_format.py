@@ -21,6 +21,7 @@ from sealfs.errors import (
     UsageError,
 )
 from sealfs.keys import labels, pin, policy, records, recovery, reports, signed, wire
+from sealfs.keys.enrolment import HostId, Package, PackedImage
 from sealfs.keys.hostrecord import (
     HostRecord,
     RecoveryKind,
@@ -30,9 +31,11 @@ from sealfs.keys.hostrecord import (
     host_payload,
     open_host_payload,
 )
+from sealfs.keys.ledger import AUDIT_ID, REGISTRY_ID, Progress
 from sealfs.keys.records import KeyRecord, Origin, PolicyKind, TpmSlot
 from sealfs.keys.registry import RegistryEntry, RegistryFile
 from sealfs.keys.signed import Limit, SignedPolicy
+from sealfs.keys.tombstone import Tombstone, Why
 from sealfs.keys.vmkey import VmKey
 
 NAME = bytes(range(34))
@@ -50,12 +53,15 @@ RECORD = KeyRecord(
         ),
     ),
     recovery_slots=(b"one" * 40, b"two" * 40),
+    software_slot=b"software" * 15,
 ).with_mac(b"k" * 32)
-OLD_RECORD = dataclasses.replace(RECORD, version=1, tpm_slots=RECORD.tpm_slots[:2]).with_mac(
-    b"k" * 32
-)
+OLD_RECORD = dataclasses.replace(
+    RECORD, version=1, tpm_slots=RECORD.tpm_slots[:2], software_slot=b""
+).with_mac(b"k" * 32)
 VERSION_1 = "3cbf6aab4fd7642c9043fd28430fc25a163c5700cf635d5524daaec23000eabe"
 """SHA-256 of OLD_RECORD as the code of commit 5d5f1a8 encoded it."""
+VERSION_2 = "404fa379003fdf02642b12c87721017dff9fda7e1298d1410b55aa659f900d64"
+"""SHA-256 of RECORD, with every policy and a software slot."""
 SIGNER = ec.derive_private_key(0x1234567, ec.SECP256R1())
 RSA_SIGNER = rsa.generate_private_key(65537, 2048)
 LIMIT = Limit(0x01800002, b"l" * 32, 17)
@@ -71,6 +77,14 @@ REGISTRY = RegistryFile(
 RECIPIENT = X25519PrivateKey.from_private_bytes(b"\x42" * 32)
 SLOT = recovery.wrap(bytearray(b"K" * 64), recovery.public_of(RECIPIENT), vm_id="web1", kmi="web1")
 
+PLAIN_RECORD = KeyRecord("k", "web1", 1_700_000_000, Origin.CONSOLE, (), ()).with_mac(b"k" * 32)
+HOST_ID = HostId(b"h" * 16, b"p" * 92)
+PACKAGE = Package(
+    True, b"a" * 16, b"b" * 16, NAME, 1_700_000_000, "k", "web1", b"public" * 8, b"duplicate" * 20,
+    b"seed" * 17, (SLOT,), (PackedImage(b"u" * 16, "/a/\udcff.sealed", Progress(7, b"m" * 16)),),
+).with_mac(b"k" * 32)  # fmt: skip
+TOMBSTONE = Tombstone(Why.MOVED, "k", "web1", 1_700_000_000, b"b" * 16)
+
 DECODERS = {
     "record": (KeyRecord, RECORD.encode()),
     "record of version 1": (KeyRecord, OLD_RECORD.encode()),
@@ -82,6 +96,10 @@ DECODERS = {
     "host": (HostRecord, HOST.encode()),
     "registry": (RegistryFile, REGISTRY.encode()),
     "slot": (recovery.RecoverySlot, SLOT),
+    "record without a slot": (KeyRecord, PLAIN_RECORD.encode()),
+    "host id": (HostId, HOST_ID.encode()),
+    "package": (Package, PACKAGE.encode()),
+    "tombstone": (Tombstone, TOMBSTONE.encode()),
 }
 
 
@@ -168,6 +186,32 @@ def test_the_mac_of_host_record_and_registry_covers_every_bit():
                     decoded.verify(b"k" * 32, "x")
 
 
+def test_the_mac_of_a_package_covers_every_bit():
+    good = PACKAGE.encode()
+    assert Package.decode(good, "x").is_authentic(b"k" * 32)
+    for bit in range(0, len(good) * 8, 5):
+        raw = bytearray(good)
+        raw[bit // 8] ^= 1 << bit % 8
+        try:
+            decoded = Package.decode(bytes(raw), "x")
+        except (FormatError, KeyRecordDamaged):
+            continue
+        assert not decoded.is_authentic(b"k" * 32)
+
+
+@pytest.mark.parametrize("reserved", [REGISTRY_ID, AUDIT_ID])
+def test_no_package_speaks_for_the_registry_or_the_audit_log(reserved):
+    image = dataclasses.replace(PACKAGE.images[0], image_uuid=reserved)
+    raw = dataclasses.replace(PACKAGE, images=(image,)).with_mac(b"k" * 32).encode()
+    with pytest.raises(KeyRecordDamaged, match="a uuid that no image has"):
+        Package.decode(raw, "x")
+
+
+def test_no_two_labels_are_the_same():
+    values = [value for name, value in vars(labels).items() if isinstance(value, bytes)]
+    assert len(set(values)) == len(values) > 20
+
+
 def test_too_many_slots_are_refused():
     many = KeyRecord("a", "a", 0, Origin.MIXED, (), (b"s",) * 9)
     with pytest.raises(KeyRecordDamaged, match="9 recovery slots"):
@@ -187,7 +231,10 @@ def test_a_full_record_fits_its_limit():
         bytes(512),
         bytes(64),
     )
-    full = KeyRecord("k" * 255, "v" * 255, 2**63, Origin.MIXED, (slot,) * 4, (bytes(512),) * 8)
+    full = KeyRecord(
+        "k" * 255, "v" * 255, 2**63, Origin.MIXED, (slot,) * 4, (bytes(512),) * 8,
+        software_slot=bytes(512),
+    )  # fmt: skip
     assert KeyRecord.decode(full.encode(), "x") == full
 
 
@@ -202,6 +249,13 @@ def test_a_record_of_version_1_is_what_the_first_version_wrote():
     for later in (PolicyKind.PIN, PolicyKind.SIGNED, 8):
         with pytest.raises(FormatError, match="unknown policy"):
             KeyRecord.decode(raw[:position] + bytes([later]) + raw[position + 1 :], "x")
+
+
+def test_a_record_of_version_2_has_policies_and_a_software_slot():
+    raw = RECORD.encode()
+    assert hashlib.sha256(raw).hexdigest() == VERSION_2
+    assert KeyRecord.decode(raw, "x") == RECORD
+    assert raw.endswith(b"\0\x78" + b"software" * 15 + RECORD.mac)
 
 
 def test_a_slot_whose_policy_and_fields_do_not_fit_is_refused():
@@ -460,10 +514,31 @@ def test_a_slot_with_any_byte_altered_does_not_open():
             recovery.unwrap([bytes(altered)], RECIPIENT, vm_id="web1", kmi="web1")
 
 
+SLOT_VERSION_1 = bytes.fromhex(
+    "5345414c465300570001f2c4861971c0e3ca01ff5ab9a26985c71cbcaf9c9c886b92ada0d76c1508e5c0"
+    "f25dfc41126ab9f99de268d3c067b59c35bf4eedba852b6c438bc8695369d0e0edc14f8cc4a40c6f0412"
+    "0e1cbc4f3c5148506dd8852e62cdebf4b2e4d4855736536444a443a5cf3da9ae42f23a27032165cddda7"
+    "7ae83b0a642d68ef9b91331ddd17007fccedbfd001c7f44b1be9e0652c3d91e3c0de2985678fdf4e6bcf3e9a"
+)
+"""Made by sealfs 5d5f1a8, the last to write version 1, with RECIPIENT and the same key."""
+
+
+def test_a_slot_of_version_1_still_opens_and_names_no_public_key():
+    assert recovery.unwrap([SLOT_VERSION_1], RECIPIENT, vm_id="web1", kmi="web1") == b"K" * 64
+    assert recovery.RecoverySlot.decode(SLOT_VERSION_1, "x").encode() == SLOT_VERSION_1
+    name = recovery.fingerprint(recovery.public_of(RECIPIENT)).hex()
+    assert recovery.recipient_of(SLOT_VERSION_1) == (name, None)
+    assert recovery.recipient_of(SLOT) == (name, recovery.public_of(RECIPIENT))
+    assert recovery.recipient_of(b"rubbish") == ("?", None)
+
+
 def test_a_slot_relabelled_for_another_vm_does_not_open():
     forged = recovery.RecoverySlot.decode(SLOT, "x")
     forged = recovery.RecoverySlot(
-        forged.recipient_fingerprint, records.binding("web2", "web2"), forged.wrapped
+        forged.recipient_fingerprint,
+        records.binding("web2", "web2"),
+        forged.wrapped,
+        forged.recipient,
     )
     with pytest.raises(KeyRecordDamaged):
         recovery.unwrap([forged.encode()], RECIPIENT, vm_id="web2", kmi="web2")

@@ -390,14 +390,14 @@ def test_an_unlocked_vm_opens_without_its_pin_until_it_is_locked(state):
     assert service.image_key("web1", "web1", b"u" * 16, new.wrapped) == new.key
     with pytest.raises(KeyRefused, match="is the key of VM"):
         service.image_key("web1", "web2", bytes(16), wrapped)
-    kept = service._unlocked._keys["web1"]
+    kept = service._opening.unlocked._keys["web1"][0]
     assert service.lock("web1")
     assert not service.lock("web1")
     assert not any(kept._key)
     with pytest.raises(PinNeeded):
         service.image_key("web1", "web1", bytes(16), wrapped)
     service.unlock("web1", pin())
-    kept = service._unlocked._keys["web1"]
+    kept = service._opening.unlocked._keys["web1"][0]
     service.close()
     assert not any(kept._key)
     with pytest.raises(PinNeeded):

@@ -883,55 +883,6 @@ def test_no_key_appears_in_reprs_errors_or_logs(tmp_path, caplog):
 # The capabilities by name
 
 
-def test_c3_keys_are_protected_by_the_hardware_on_the_services_request(state, service):
-    key = service.create("web1")
-    secret = ks.key_bytes(key)
-    record = ks.record_files(state)[0].read_bytes()
-    assert secret[:16] not in record
-    sealed = KeyRecord.decode(record, "x").tpm_slots[0].sealed
-    assert len(sealed.private) > 104  # The TPM's encrypted private area holds the payload.
-    assert ks.key_bytes(service.unseal("web1", "web1")) == secret
-    for file in state.rglob("*"):
-        if file.is_file():
-            assert secret[:16] not in file.read_bytes()
-
-
-def test_c4_a_key_request_by_kmi_is_answered_or_clearly_refused(service):
-    key = service.create("web1")
-    assert ks.key_bytes(service.unseal("web1", "web1")) == ks.key_bytes(key)
-    with pytest.raises(KeyNotFound, match='"web2": this host has no key'):
-        service.unseal("web2", "web2")
-    with pytest.raises(KeyRefused):
-        service.unseal("web1", "web2")
-
-
-def test_c5_a_key_is_made_and_protected_before_it_is_handed_out(state, service):
-    key = service.create("web1")
-    assert service.has("web1")
-    image_key = service.random(32)
-    wrapped = key.wrap_image_key(UUID, image_key)
-    key.wipe()
-    opened = KeyService.open(state).unseal("web1", "web1").unwrap_image_key(UUID, wrapped)
-    assert opened == image_key
-
-
-def test_c6_a_kmi_finds_exactly_its_key_and_swapped_records_are_detected(state, service):
-    keys = {f"vm-{number}": service.create(f"vm-{number}") for number in range(4)}
-    opaque = service.create("vm-4", kmi="opaque")
-    found = {name: ks.key_bytes(service.unseal(name, name)) for name in keys}
-    assert found == {name: ks.key_bytes(key) for name, key in keys.items()}
-    assert ks.key_bytes(service.unseal(opaque.kmi, "vm-4")) == ks.key_bytes(opaque)
-    assert len({*found.values(), ks.key_bytes(opaque)}) == 5
-    swap(*ks.record_files(state)[:2])
-    refused = 0
-    for kmi, vm_id in [*((name, name) for name in keys), (opaque.kmi, "vm-4")]:
-        try:
-            service.unseal(kmi, vm_id)
-        except KeyRecordDamaged:
-            refused += 1
-    assert refused == 2
-
-
 def test_c9_the_service_makes_a_vm_id_and_the_kmi_follows_from_it(service):
     vm_id = KeyService.new_vm_id()
     key = service.create(vm_id)
@@ -949,19 +900,3 @@ def test_c11_in_process_the_console_asks_the_tpm_directly_and_reaches_it_per_use
     assert sum(message[6:10] == cc_unseal for message in log) == 1
     with console._state.lock():
         pass  # Nothing of the TPM is held between uses.
-
-
-def test_c12_the_hardware_protects_registry_and_host_record(state, service, tmp_path):
-    service.registry.add(tmp_path / "a", UUID, "web1")
-    for name in ("host.record", "registry"):
-        path = state / name
-        good = path.read_bytes()
-        altered = bytearray(good)
-        altered[-40] ^= 1
-        path.write_bytes(bytes(altered))
-        with pytest.raises((KeyRecordDamaged, FormatError)):
-            KeyService.open(state).registry.entries()
-        path.write_bytes(good)
-    (state / "registry").unlink()
-    with pytest.raises(KeyRecordDamaged, match="removed"):
-        KeyService.open(state).registry.entries()

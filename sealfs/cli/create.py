@@ -11,35 +11,26 @@ import click
 from sealfs.cli import plain
 from sealfs.cli.arguments import SIZE
 from sealfs.cli.errors import warn
+from sealfs.cli.newkey import NewKeyOf, new_key_options
 from sealfs.cli.output import Advance, print_json, progress
-from sealfs.cli.protecting import Wanted, protection_options
 from sealfs.cli.sealing import Fill, NewImage, make
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import NotFound, UsageError
 from sealfs.image.format import MAGICS
 from sealfs.image.image import SealedImage
-from sealfs.keys.service import KmiKind
-from sealfs.keys.vmkey import wipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _new_image_options(command: F) -> F:
     for option in (
-        click.option(
-            "--kmi",
-            type=click.Choice(["vm-id", "opaque"]),
-            default="vm-id",
-            show_default=True,
-            help="For a new key: find it by the VM id, or by an opaque identifier.",
-        ),
         click.option("--disk", "label", metavar="LABEL", default="", help="Which disk of the VM."),
         click.option(
             "--vm-id", metavar="ID", help="Whose disk it is; without, a UUID is made and printed."
         ),
     ):
         command = option(command)
-    return protection_options(command)
+    return new_key_options(command)
 
 
 @click.command("create")
@@ -53,15 +44,14 @@ def create_command(
     size: int,
     vm_id: str | None,
     label: str,
-    kmi: KmiKind,
-    wanted: Wanted,
+    new_key: NewKeyOf,
 ) -> None:
     """Make a new, empty sealed image.
 
     It is sparse: space is taken as the VM writes. Name it NAME.sealed; a mount shows NAME.
     """
     settings.about(image)
-    _make(settings, NewImage(image, size, vm_id, label, kmi, wanted()), None)
+    _make(settings, NewImage(image, size, vm_id, label, new_key()), None)
 
 
 @click.command("import")
@@ -82,8 +72,7 @@ def import_command(
     disk_format: str | None,
     vm_id: str | None,
     label: str,
-    kmi: KmiKind,
-    wanted: Wanted,
+    new_key: NewKeyOf,
 ) -> None:
     """Seal an existing disk: a file or device in any format that qemu-img reads.
 
@@ -98,8 +87,8 @@ def import_command(
             raise UsageError(source, "is empty: a disk has 1 byte or more")
         if disk.backing is not None:
             warn(f'"{source}" is an overlay; the content of "{disk.backing}" is sealed with it')
-        made = NewImage(image, disk.size, vm_id, label, kmi, wanted())
-        _make(settings, made, lambda sealed: _copy(disk, sealed, source.name))
+        wanted = NewImage(image, disk.size, vm_id, label, new_key())
+        _make(settings, wanted, lambda sealed: _copy(disk, sealed, source.name))
 
 
 def _make(settings: Settings, wanted: NewImage, fill: Fill | None) -> None:
@@ -107,8 +96,7 @@ def _make(settings: Settings, wanted: NewImage, fill: Fill | None) -> None:
         with settings.keys() as keys:
             vm_id, image_uuid = make(keys, settings.state, wanted, fill)
     finally:
-        if wanted.protection.pin is not None:
-            wipe(wanted.protection.pin)
+        wanted.key.wipe()
     if settings.json:
         print_json({"path": str(wanted.path), "vm_id": vm_id, "image_uuid": image_uuid.hex()})
     elif wanted.vm_id is None:

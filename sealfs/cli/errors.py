@@ -240,7 +240,7 @@ def _key_refused(error: BaseException, situation: Situation) -> str | None:
         )
     if "TPM of init" in text or "embedded TPM is gone" in text:
         return situation.sealfs("init --replace-tpm")
-    if situation.command == "key recover":
+    if situation.command in ("key recover", "key import", "key enroll"):
         return None
     if situation.path is None:
         return situation.sealfs("key recover IMAGE") + ", any image of this VM"
@@ -281,6 +281,9 @@ def _storage_failed(error: BaseException, situation: Situation) -> str | None:
 def _not_found(error: BaseException, situation: Situation) -> str | None:
     if "package qemu-utils" in str(error):
         return f"{'' if situation.is_root else 'sudo '}apt install qemu-utils"
+    if situation.command == "key rotate" and "is not there" in str(error):
+        again = situation.again("--lost", getattr(error, "subject", ""))
+        return f"{again}, but only if it is gone for good"
     return situation.sealfs("list") if "no such sealed image" in str(error) else None
 
 
@@ -343,6 +346,7 @@ HINTS: tuple[tuple[type[BaseException], Hint, str], ...] = (
     (errors.KeydUnavailable, _no_keyd, "under systemd `systemctl start sealfs-keyd`"),
     (errors.RecoveryRefused, _nothing, "type it again; `sealfs info IMAGE` names the right one"),
     (errors.KeyNotFound, _no_key, ""),
+    (errors.KeyGone, _nothing, "moved: `key enroll --move` there, `key import` here"),
     (errors.PinNeeded, _pin_needed, "under a mount: `sealfs unlock VM`, once"),
     (errors.WrongPin, _nothing, "type it again; forgotten: `sealfs key recover IMAGE`"),
     (errors.LockedOut, _locked_out, "wait; the recovery key opens meanwhile"),

@@ -178,8 +178,7 @@ def register_command(settings: Settings, image: Path, replace: bool) -> None:
         try:
             identity = read_identity(storage)
             known = freshness.newcomer(place.sealed, identity.uuid, keys.ledger)
-            with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
-                opened = sealed.open_with(storage, identity, vm_key, known)
+            opened = sealed.open_with(storage, identity, keys, known)
             with keys.audit.recorded(
                 "image registered",
                 vm=identity.vm_id,

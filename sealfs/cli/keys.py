@@ -21,8 +21,9 @@ from sealfs.keys.vmkey import wipe
 from sealfs.mount import freshness
 
 if TYPE_CHECKING:
+    from sealfs.keys.opening import AskPin
     from sealfs.keys.reports import KeyInfo, SlotReport
-    from sealfs.keys.service import AskPin, KeyService
+    from sealfs.keys.service import KeyService
 
 KEY_TEXT_MAX = 16 * 1024
 """A printed recovery key has 80 letters; a PEM file a few hundred."""
@@ -31,7 +32,7 @@ STDIN = "-"
 
 @click.group("key")
 def key_command() -> None:
-    """Look at the keys of this host's VMs, try them, reseal and recover them."""
+    """Look at the keys of this host's VMs; try, reseal, rotate, move, recover, revoke them."""
 
 
 key_command.add_command(reseal_key)
@@ -66,7 +67,7 @@ def list_keys(settings: Settings) -> None:
 def show_key(settings: Settings, vm: str) -> None:
     """Show the key record of a VM. Nothing is unsealed."""
     with settings.keys() as keys:
-        record = _record_of(keys, vm)
+        record = record_of(keys, vm)
     if settings.json:
         print_json(record.to_json())
         return
@@ -81,6 +82,7 @@ def show_key(settings: Settings, vm: str) -> None:
             ("created", record.created),
             ("origin", record.origin),
             ("record", str(settings.state / record.file)),
+            *([("gone", record.gone)] if record.gone else []),
             *slots,
         ]
     )
@@ -106,7 +108,8 @@ def test_keys(
         raise UsageError("--pin-file", "holds the PIN of one VM; name that one")
     settings.pin_file = pin_file
     with settings.keys() as keys:
-        records = keys.records() if every else [_record_of(keys, vm) for vm in vms]
+        named = [record_of(keys, vm) for vm in vms]
+        records = [info for info in keys.records() if not info.gone] if every else named
         ask = settings.ask_pin if asks_pin or pin_file is not None else None
         found = [(record, *_try(keys, record, ask)) for record in records]
     if settings.json:
@@ -160,7 +163,12 @@ def _test_rows(
     return rows
 
 
-def _record_of(keys: KeyService, vm: str) -> KeyInfo:
+def record_of(keys: KeyService, vm: str) -> KeyInfo:
+    """Return the key record of a VM, named by VM id or KMI.
+
+    Raises:
+        KeyNotFound, KeyRecordDamaged, FormatError: there is none, or it cannot be read.
+    """
     for record in keys.records():
         if vm in (record.vm_id, record.kmi):
             return record
@@ -208,11 +216,13 @@ def _recover(
     storage = FileStorage.open(place.sealed, read_only=True)
     try:
         identity = read_identity(storage)
-        with keys.recover(
-            identity.vm_id, identity.kmi, identity.recovery_slots, recovery_key
-        ) as vm_key:
-            known = freshness.newcomer(place.sealed, identity.uuid, keys.ledger)
-            opened = sealed.open_with(storage, identity, vm_key, known)
+        keys.recover(identity.vm_id, identity.kmi, identity.recovery_slots, recovery_key).wipe()
+        known = freshness.newcomer(place.sealed, identity.uuid, keys.ledger)
+        opened = sealed.open_with(storage, identity, keys, known)
+        sure = opened.identity
+        keys.slots.adopt(
+            sure.kmi, sure.vm_id, sure.uuid, sure.wrapped_key(storage.path), sure.recovery_slots
+        )
         entered = enter(keys, place.sealed, opened, replace=replace)
     finally:
         storage.close()

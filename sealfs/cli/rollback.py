@@ -56,8 +56,7 @@ def accept_rollback_command(settings: Settings, image: Path | None, ledger: bool
             identity = read_identity(storage)
             if keys.registry.lookup(place.sealed) is not None:
                 sealed.check_registered(place.sealed, identity, keys)
-            with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
-                opened = sealed.open_with(storage, identity, vm_key, None)
+            opened = sealed.open_with(storage, identity, keys, None)
             before, now = keys.ledger.find(opened.uuid), opened.progress
             keys.ledger.accept(opened.uuid, freshness.progress_of(now))
             keys.audit.record(

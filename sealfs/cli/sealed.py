@@ -22,7 +22,7 @@ from sealfs.image.format import SUPERBLOCK_SIZE, Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.recovery import Witness, read_identity
 from sealfs.image.storage import FileStorage
-from sealfs.keys.vmkey import VmKey, wipe
+from sealfs.keys.vmkey import wipe
 from sealfs.mount import freshness
 
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ def opened(settings: Settings, place: Place, keys: KeyService) -> Iterator[Seale
         lock = keys.lock_image(place.sealed, identity.uuid, shared=True)
         stack.callback(lock.close)
         known = freshness.witness(place.sealed, identity.uuid, keys.ledger)
-        with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
-            image = open_with(storage, identity, vm_key, known)
+        image = open_with(storage, identity, keys, known)
         stack.pop_all()
     try:
         yield image
@@ -114,20 +113,14 @@ def opened(settings: Settings, place: Place, keys: KeyService) -> Iterator[Seale
 
 
 def open_with(
-    storage: FileStorage, identity: Identity, vm_key: VmKey, witness: Witness | None
+    storage: FileStorage, identity: Identity, keys: KeyService, witness: Witness | None
 ) -> SealedImage:
     """Verify and open an image for reading; on failure the storage stays the caller's.
 
     `witness` says whether it is as new as this host knows it; None where that is not the question.
     """
-    for generation, wrapped in identity.wrapped_keys:
-        if generation == identity.key_generation:
-            key = vm_key.unwrap_image_key(identity.uuid, wrapped)
-            break
-    else:
-        raise FormatError(
-            storage.path, f"identity has no image key of generation {identity.key_generation}"
-        )
+    wrapped = identity.wrapped_key(storage.path)
+    key = keys.image_key(identity.kmi, identity.vm_id, identity.uuid, wrapped)
     try:
         return SealedImage.open(
             storage, image_key=key, cache=new_cache(), read_only=True, witness=witness

@@ -20,16 +20,15 @@ from typing import TYPE_CHECKING
 from sealfs.cli.errors import warn
 from sealfs.cli.interrupts import shielded
 from sealfs.cli.newborn import Newborn
+from sealfs.cli.newkey import NewKey, key_for
 from sealfs.cli.sealed import SUFFIX, new_cache
-from sealfs.errors import AlreadyExists, SealfsError
+from sealfs.errors import SealfsError
 from sealfs.image.format import Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import geometry_for
 from sealfs.image.storage import FileStorage
 from sealfs.keys.ledger import Progress
-from sealfs.keys.protection import Protection
-from sealfs.keys.records import PolicyKind
-from sealfs.keys.service import KmiKind
+from sealfs.keys.rotation import making_image
 from sealfs.keys.statedir import StateDir
 from sealfs.keys.vmkey import IMAGE_KEY_SIZE, VmKey, wipe
 from sealfs.keys.wire import check_identifier
@@ -49,8 +48,7 @@ class NewImage:
     size: int
     vm_id: str | None
     label: str
-    kmi: KmiKind
-    protection: Protection
+    key: NewKey
 
 
 def make(keys: KeyService, state: Path, wanted: NewImage, fill: Fill | None) -> tuple[str, bytes]:
@@ -68,7 +66,11 @@ def make(keys: KeyService, state: Path, wanted: NewImage, fill: Fill | None) -> 
     if not wanted.path.name.endswith(SUFFIX):
         warn(f'"{wanted.path}": a mount shows only files named NAME{SUFFIX}')
     image_uuid = uuid.uuid4().bytes
-    with Newborn(wanted.path) as newborn, _vm_key(keys, state, vm_id, wanted) as vm_key:
+    with (
+        Newborn(wanted.path) as newborn,
+        making_image(keys, wanted.path, vm_id),
+        _vm_key(keys, state, vm_id, wanted) as vm_key,
+    ):
         _warn_of_other_disks(keys, wanted.path, vm_id)
         # Crash here: a key without an image; the next image of that VM uses it.
         image_key = bytearray(keys.random(IMAGE_KEY_SIZE))
@@ -144,24 +146,7 @@ def _vm_key(keys: KeyService, state: Path, vm_id: str, wanted: NewImage) -> Iter
         is_new = False
         try:
             with shielded():
-                try:
-                    asks = wanted.protection
-                    vm_key = keys.create(
-                        vm_id, kmi=wanted.kmi, pcrs=asks.pcrs, pin=asks.pin, signer=asks.signer
-                    )
-                    is_new = True
-                except AlreadyExists:
-                    vm_key = keys.ensure(vm_id, pin=asks.pin)
-                    if asks.policy & ~PolicyKind.PIN or wanted.kmi != "vm-id":
-                        warn(
-                            f'VM "{vm_id}" has a key already, which keeps its policy and its KMI; '
-                            "--pcrs, --signed-policy and --kmi are for new keys"
-                        )
-                    elif asks.pin and _opens_without_pin(keys, vm_id):
-                        warn(
-                            f'VM "{vm_id}" has a key already, which opens without a PIN; '
-                            "`sealfs key reseal` gives it one"
-                        )
+                vm_key, is_new = key_for(keys, vm_id, wanted.key)
             yield vm_key
         except BaseException:
             if is_new and vm_key is not None:
@@ -171,15 +156,6 @@ def _vm_key(keys: KeyService, state: Path, vm_id: str, wanted: NewImage) -> Iter
         finally:
             if vm_key is not None:
                 vm_key.wipe()
-
-
-def _opens_without_pin(keys: KeyService, vm_id: str) -> bool:
-    return any(
-        slot.kind == "tpm" and "pin" not in slot.policy
-        for record in keys.records()
-        if record.vm_id == vm_id
-        for slot in record.slots
-    )
 
 
 @contextlib.contextmanager

@@ -179,8 +179,7 @@ def verify(facts: Facts, place: Place, keys: KeyService) -> SealfsError | None:
         try:
             identity = read_identity(storage)
             known = freshness.newcomer(place.sealed, identity.uuid, keys.ledger)
-            with keys.unseal(identity.kmi, identity.vm_id) as vm_key:
-                image = sealed.open_with(storage, identity, vm_key, known)
+            image = sealed.open_with(storage, identity, keys, known)
             _take_identity(facts, image.identity)
             facts.size = image.size
             image.abandon()
@@ -210,8 +209,13 @@ def key_text(record: KeyInfo | Mapping[str, Any]) -> str:
     found = record if isinstance(record, Mapping) else record.to_json()
     if found["problem"]:
         return str(found["problem"])
+    if found["gone"]:
+        return str(found["gone"])
     slots: Any = found["slots"]
-    return ", ".join(slot_text(slot) for slot in slots)
+    texts = [slot_text(slot) for slot in slots]
+    if found["is_changing"]:
+        texts.append("being rotated")
+    return ", ".join(texts)
 
 
 def slot_text(slot: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from sealfs.cli import asked
 from sealfs.cli.errors import warn
 from sealfs.cli.output import print_json
 from sealfs.cli.settings import Settings, common_options
-from sealfs.errors import NotFound
+from sealfs.errors import NotFound, SealfsError
 from sealfs.keys.hardening import harden
 from sealfs.keys.vmkey import wipe
 from sealfs.mount.control import RunningMount, running_mounts
@@ -64,14 +64,33 @@ def lock_command(settings: Settings, vm: str) -> None:
         print_json({"vm_id": vm, "locked_at": locked, "in_use": in_use})
 
 
+def unlock_again(settings: Settings, vm_id: str, pin: bytearray | None) -> None:
+    """Have the mounts that keep a VM's key fetch it anew, while it changes and afterwards.
+
+    `pin` is known to be right; None: no mount keeps it.
+    """
+    if pin is None:
+        return
+    for mount in _of_state(settings):
+        if vm_id in mount.status.get("unlocked", ()):
+            try:
+                mount.call("unlock", vm_id=vm_id, pin=pin.decode())
+            except SealfsError as error:
+                warn(f'"{mount.status["mountpoint"]}" needs `sealfs unlock` again: {error}')
+
+
+def _of_state(settings: Settings) -> list[RunningMount]:
+    state = os.path.realpath(settings.state)
+    return [mount for mount in running_mounts() if mount.status.get("state") == state]
+
+
 def _mounts(settings: Settings, vm: str) -> list[RunningMount]:
     """Return the mounts of this state directory.
 
     Raises:
         NotFound: there is none.
     """
-    state = os.path.realpath(settings.state)
-    found = [mount for mount in running_mounts() if mount.status.get("state") == state]
+    found = _of_state(settings)
     if not found:
         raise NotFound(vm, f'no mount of the state directory "{settings.state}" is there')
     return found

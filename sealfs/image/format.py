@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final, Self
 
-from sealfs.errors import FormatError, IntegrityError
+from sealfs.errors import FormatError, IntegrityError, KeyGone
 from sealfs.image.layout import ENTRY_SIZE, Geometry
 
 MAGICS: Final = {
@@ -231,6 +231,20 @@ class Identity:
     key_generation: int = 1
     wrapped_keys: tuple[tuple[int, bytes], ...] = ()
     recovery_slots: tuple[bytes, ...] = ()
+
+    def wrapped_key(self, path: str) -> bytes:
+        """Return the wrapped key of the image's key generation.
+
+        Raises:
+            KeyGone: the image was erased.
+            FormatError: there is none.
+        """
+        if not self.wrapped_keys:
+            raise KeyGone(path, "is erased: its key was revoked, and nothing opens it")
+        for generation, wrapped in self.wrapped_keys:
+            if generation == self.key_generation:
+                return wrapped
+        raise FormatError(path, f"identity has no image key of generation {self.key_generation}")
 
     def encode_content(self) -> bytes:
         """Return the content, without its header."""

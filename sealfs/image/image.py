@@ -19,6 +19,7 @@ from typing import Any
 
 from sealfs.errors import BlockDamaged, Busy, NoSpace, ReadOnly, StorageFailed, UsageError
 from sealfs.image import check, recovery
+from sealfs.image import identity as identities
 from sealfs.image.cache import BlockCache
 from sealfs.image.cipher import SealHook
 from sealfs.image.committer import Committer
@@ -34,7 +35,7 @@ from sealfs.image.plan import Buffer
 from sealfs.image.reader import ATTEMPTS_MAX, Reader
 from sealfs.image.recovery import Witness
 from sealfs.image.steps import Steps, run
-from sealfs.image.storage import Storage
+from sealfs.image.storage import Storage, execute
 from sealfs.image.tree import NO_SLOT
 from sealfs.image.volume import FREED_SLOTS_MAX, REPLAY_PAGES_MAX, Volume
 
@@ -569,6 +570,20 @@ class SealedImage:
         """
         return (yield from check.check_part_steps(self._volume, start, count, data=data))
 
+    def rewrite_identity_steps(self, wanted: Identity, image_key: Buffer) -> Steps[None]:
+        """Write the identity anew (see `identity.rewrite_plan`); durable on return, exclusive."""
+        self._check_flushable()
+        after, plan = yield partial(
+            identities.rewrite_plan, self._storage, wanted, image_key, self._geometry
+        )
+
+        def write_steps() -> Steps[None]:
+            yield partial(execute, self._storage, plan)
+
+        # A failed durable write may have swallowed an error of the data: poisoned as by any other.
+        yield from self._guarded(write_steps())
+        self.identity = after
+
     def close_steps(self) -> Steps[None]:
         """Flush, checkpoint, mark the image clean, and let go of the storage, exclusive.
 
@@ -646,6 +661,10 @@ class SealedImage:
     def check(self, *, data: bool) -> list[check.Finding]:
         """As `check_steps`."""
         return run(self.check_steps(data=data))
+
+    def rewrite_identity(self, wanted: Identity, image_key: Buffer) -> None:
+        """As `rewrite_identity_steps`."""
+        run(self.rewrite_identity_steps(wanted, image_key))
 
     def close(self) -> None:
         """As `close_steps`."""

@@ -126,6 +126,19 @@ class Host:
         finally:
             wipe(auth)
 
+    @contextlib.contextmanager
+    def subkey_in_use(self, info: bytes) -> Iterator[bytearray]:
+        """Lend a subkey of the host's MAC key; within a use of the TPM."""
+        with self._secret_lock:
+            if self._secret is None:
+                raise AssertionError("the host secret is unsealed by a use of the TPM")
+            mac_key = self._secret[:SECRET_SIZE]
+        try:
+            with derived(mac_key, info=info, salt=self.record.host_id) as subkey:
+                yield subkey
+        finally:
+            wipe(mac_key)
+
     def _unseal_secret(self, tpm: Tpm) -> None:
         with self._secret_lock:
             if self._secret is not None:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from sealfs import errors
 from sealfs.errors import KeydUnavailable, KeyServiceError, SealfsError, UsageError
 from sealfs.keys import wire
-from sealfs.keys.ledger import AUDIT_ID, REGISTRY_ID, STATE_MAC_SIZE, Progress
+from sealfs.keys.ledger import RESERVED_IDS, STATE_MAC_SIZE, Progress
 from sealfs.keys.registry import PATH_SIZE_MAX
 from sealfs.keys.vmkey import UUID_SIZE
 
@@ -163,7 +163,7 @@ _mac = _octets(STATE_MAC_SIZE, STATE_MAC_SIZE)
 
 def _uuid(found: object) -> bytes:
     uuid = _any_uuid(found)
-    if uuid in (REGISTRY_ID, AUDIT_ID):
+    if uuid in RESERVED_IDS:
         raise ValueError("the uuid of an image is expected")
     return uuid
 

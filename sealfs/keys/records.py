@@ -28,12 +28,13 @@ from sealfs.keys.hostrecord import (
 
 RECORD_VERSION: Final = 2
 RECORD_VERSION_OLDEST: Final = 1
-"""Version 1 knew the policies NONE and PCRS only; its bytes are otherwise the same."""
+"""Version 1 knew the policies NONE and PCRS only, and ends without a software slot."""
 RECORD_SIZE_MAX: Final = 16 * 1024
 """Four TPM slots with 24 PCR values each and eight recovery slots take about 8 KiB."""
 TPM_SLOT_COUNT_MAX: Final = 4
 RECOVERY_SLOT_COUNT_MAX: Final = 8
 RECOVERY_SLOT_SIZE_MAX: Final = 512
+SOFTWARE_SLOT_SIZE_MAX: Final = 512
 VM_KEY_SIZE: Final = 64
 BINDING_SIZE: Final = 32
 PCR_VALUE_SIZE: Final = 32
@@ -49,6 +50,14 @@ class Origin(IntEnum):
     """HKDF over the TPM's and the kernel's random bytes, on this host."""
     RECOVERED = 2
     """Taken out of a recovery slot; first made elsewhere or earlier."""
+    CONSOLE = 3
+    """Handed in by the console."""
+    SERVICE = 4
+    """The kernel's random bytes, on this host."""
+    TPM = 5
+    """The TPM's random bytes."""
+    IMPORTED = 6
+    """Came from another host, wrapped to this one's TPM."""
 
 
 class PolicyKind(IntFlag):
@@ -129,7 +138,8 @@ class TpmSlot:
 class KeyRecord:
     """STATE/keys/HASH.slot. `created` is in seconds since 1970, UTC; TPM slots oldest first.
 
-    `version` is that of the bytes it was read from: its MAC stands over them.
+    `software_slot` is empty where there is none. `version` is that of the bytes it was read from:
+    its MAC stands over them.
     """
 
     kmi: str
@@ -139,9 +149,11 @@ class KeyRecord:
     tpm_slots: tuple[TpmSlot, ...]
     recovery_slots: tuple[bytes, ...]
     mac: bytes = bytes(MAC_SIZE)
+    software_slot: bytes = b""
     version: int = RECORD_VERSION
 
     def _body(self) -> bytes:
+        assert self.version > 1 or not self.software_slot
         return b"".join(
             (
                 labels.RECORD_MAGIC,
@@ -154,6 +166,7 @@ class KeyRecord:
                 *(slot.encode() for slot in self.tpm_slots),
                 wire.number(len(self.recovery_slots), 1),
                 *(wire.counted(slot) for slot in self.recovery_slots),
+                wire.counted(self.software_slot) if self.version > 1 else b"",
             )
         )
 
@@ -190,9 +203,10 @@ class KeyRecord:
                 f"has {recovery_count} recovery slots, at most {RECOVERY_SLOT_COUNT_MAX}"
             )
         recovery = tuple(reader.counted(RECOVERY_SLOT_SIZE_MAX, 1) for _ in range(recovery_count))
+        software = reader.counted(SOFTWARE_SLOT_SIZE_MAX) if version > 1 else b""
         mac = reader.take(MAC_SIZE)
         reader.finish()
-        return cls(kmi, vm_id, created, Origin(origin), tpm_slots, recovery, mac, version)
+        return cls(kmi, vm_id, created, Origin(origin), tpm_slots, recovery, mac, software, version)
 
     def with_mac(self, mac_key: bytes | bytearray) -> Self:
         """Return the record authenticated under the VM key's MAC subkey."""
@@ -212,6 +226,14 @@ def opening_order(slots: Sequence[TpmSlot]) -> list[TpmSlot]:
 def binding(vm_id: str, kmi: str) -> bytes:
     """Return the digest that ties a key to its VM id and KMI."""
     return hashlib.sha256(labels.BINDING_DIGEST + wire.text(vm_id) + wire.text(kmi)).digest()
+
+
+def vm_lock_name(vm_id: str) -> bytes:
+    """Return what is locked, as if it were an image (16 bytes), while a VM's key is at stake.
+
+    Shared: an image under that key is being made. Exclusive: the key is being changed.
+    """
+    return hashlib.sha256(labels.VM_LOCK_NAME + wire.text(vm_id)).digest()[:16]
 
 
 def vm_payload(vm_id: str, kmi: str, key: bytes | bytearray) -> bytearray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -21,7 +22,9 @@ from sealfs.errors import FormatError, KeyRecordDamaged, RecoveryRefused, UsageE
 from sealfs.keys import labels, wire
 from sealfs.keys.records import BINDING_SIZE, RECOVERY_SLOT_SIZE_MAX, VM_KEY_SIZE, binding
 
-SLOT_VERSION: Final = 1
+SLOT_VERSION: Final = 2
+"""Version 1 names its recipient by fingerprint alone, so nothing new can be wrapped to him."""
+RECIPIENT_SIZE: Final = 32
 FINGERPRINT_SIZE: Final = 16
 WRAPPED_SIZE: Final = 32 + VM_KEY_SIZE + 16
 """Encapsulated key, ciphertext, tag (RFC 9180 §4.1, §7.1)."""
@@ -125,24 +128,31 @@ def parse_public(raw: bytes, subject: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class RecoverySlot:
-    """A wrapped VM key; self-describing, may stand anywhere."""
+    """A wrapped VM key; self-describing, may stand anywhere.
+
+    `recipient` is his public key, empty in a slot of version 1. It is as trustworthy as what
+    authenticates the slot: a key record under its VM key.
+    """
 
     recipient_fingerprint: bytes
     binding: bytes
     wrapped: bytes
+    recipient: bytes = b""
 
-    def _header(self) -> bytes:
+    def header(self) -> bytes:
+        """Return what stands before the wrapped key, and in its HPKE info."""
+        version = SLOT_VERSION if self.recipient else 1
         return b"".join(
             (
                 labels.RECOVERY_SLOT_MAGIC,
-                wire.number(SLOT_VERSION, 2),
-                self.recipient_fingerprint,
+                wire.number(version, 2),
+                self.recipient or self.recipient_fingerprint,
                 self.binding,
             )
         )
 
     def encode(self) -> bytes:
-        raw = self._header() + self.wrapped
+        raw = self.header() + self.wrapped
         assert len(raw) <= RECOVERY_SLOT_SIZE_MAX
         return raw
 
@@ -156,10 +166,19 @@ class RecoverySlot:
         """
         reader = wire.Reader(raw, subject)
         reader.magic(labels.RECOVERY_SLOT_MAGIC, "recovery slot")
-        reader.version(SLOT_VERSION, "the recovery slot")
-        slot = cls(
-            reader.take(FINGERPRINT_SIZE), reader.take(BINDING_SIZE), reader.take(WRAPPED_SIZE)
-        )
+        version = reader.number(2)
+        if version == 1:
+            recipient, name = b"", reader.take(FINGERPRINT_SIZE)
+        elif version == SLOT_VERSION:
+            recipient = reader.take(RECIPIENT_SIZE)
+            name = fingerprint(recipient)
+        else:
+            raise FormatError(
+                subject,
+                f"the recovery slot has format version {version}, this sealfs reads 1 to "
+                f"{SLOT_VERSION}",
+            )
+        slot = cls(name, reader.take(BINDING_SIZE), reader.take(WRAPPED_SIZE), recipient)
         reader.finish()
         return slot
 
@@ -170,13 +189,49 @@ def wrap(key: bytearray, recipient: bytes, *, vm_id: str, kmi: str) -> bytes:
     HPKE draws a new ephemeral key for each call and uses its AEAD key for one message, so the
     nonce (sequence number 0, RFC 9180 §5.2) never meets the same key again.
     """
-    header = RecoverySlot(fingerprint(recipient), binding(vm_id, kmi), b"")
+    slot = RecoverySlot(fingerprint(recipient), binding(vm_id, kmi), b"", recipient)
     wrapped = _suite().encrypt(
         key,
         X25519PublicKey.from_public_bytes(recipient),
-        info=labels.RECOVERY_INFO + header.encode(),
+        info=labels.RECOVERY_INFO + slot.header(),
     )
-    return header.encode() + wrapped
+    return slot.header() + wrapped
+
+
+def recipient_of(slot: bytes) -> tuple[str, bytes | None]:
+    """Return (fingerprint, public key) of whoever can open a slot, by what it says.
+
+    The key is None in a slot of version 1; the fingerprint is `?` where it cannot be read.
+    """
+    try:
+        found = RecoverySlot.decode(slot, "recovery slot")
+    except (FormatError, KeyRecordDamaged):
+        return "?", None
+    return found.recipient_fingerprint.hex(), found.recipient or None
+
+
+def slots_of_vm(slots: Iterable[bytes], vm_binding: bytes) -> tuple[bytes, ...]:
+    """Return the slots that are of this VM, one for each recipient, in order."""
+    found: dict[bytes, bytes] = {}
+    for raw in slots:
+        try:
+            slot = RecoverySlot.decode(raw, "recovery slot")
+        except (FormatError, KeyRecordDamaged):
+            continue
+        if slot.binding == vm_binding:
+            found.setdefault(slot.recipient_fingerprint, raw)
+    return tuple(found.values())
+
+
+def slots_for(
+    private: X25519PrivateKey, slots: Iterable[bytes], vm_binding: bytes
+) -> tuple[bytes, ...]:
+    """Return the slots of this VM for one recovery key; what an image carries is not trusted.
+
+    Another slot may have been put there to have the *next* key of the VM wrapped to its recipient.
+    """
+    own = fingerprint(public_of(private)).hex()
+    return slots_of_vm((slot for slot in slots if recipient_of(slot)[0] == own), vm_binding)
 
 
 def unwrap(slots: list[bytes], private: X25519PrivateKey, *, vm_id: str, kmi: str) -> bytearray:
@@ -205,9 +260,9 @@ def unwrap(slots: list[bytes], private: X25519PrivateKey, *, vm_id: str, kmi: st
     for slot in for_us:
         if slot.binding != expected:
             continue
-        header = RecoverySlot(slot.recipient_fingerprint, slot.binding, b"").encode()
+        info = labels.RECOVERY_INFO + slot.header()
         try:
-            key = _suite().decrypt(slot.wrapped, private, info=labels.RECOVERY_INFO + header)
+            key = _suite().decrypt(slot.wrapped, private, info=info)
         except (InvalidTag, ValueError):
             continue
         if len(key) == VM_KEY_SIZE:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-from sealfs.keys import labels, recovery, signed
+from sealfs.keys import recovery, signed
 from sealfs.keys.hostrecord import (
     HostRecord,
     RecoveryKind,
     StorageKeyKind,
 )
 from sealfs.keys.records import KeyRecord, Origin, PolicyKind, TpmSlot
+from sealfs.keys.tombstone import Tombstone, Why
 
 STORAGE_KEY_WORDS: Final = {
     StorageKeyKind.TRANSIENT: "ECC P-256, made at each use",
@@ -24,7 +26,7 @@ RECOVERY_WORDS: Final = {
     RecoveryKind.HOST: "host",
     RecoveryKind.ORGANISATION: "organisation",
 }
-ORIGIN_WORDS: Final = {Origin.MIXED: "mixed", Origin.RECOVERED: "recovered"}
+ORIGIN_WORDS: Final = {origin: origin.name.lower() for origin in Origin}
 POLICY_WORDS: Final = {
     PolicyKind.PCRS: "pcrs",
     PolicyKind.PIN: "pin",
@@ -103,7 +105,11 @@ class SlotInfo:
 
 @dataclass(frozen=True, slots=True)
 class KeyInfo:
-    """One key record; `problem` says why it cannot be read, and then the rest is empty."""
+    """One key record; `problem` says why it cannot be read, and then the rest is empty.
+
+    `is_changing`: a `key rotate` was begun and has not ended. `gone`: moved or revoked; a revoked
+    key has nothing else.
+    """
 
     file: str
     kmi: str
@@ -112,6 +118,8 @@ class KeyInfo:
     origin: str
     slots: tuple[SlotInfo, ...]
     problem: str | None = None
+    is_changing: bool = False
+    gone: str | None = None
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -122,6 +130,8 @@ class KeyInfo:
             "origin": self.origin,
             "slots": [slot.to_json() for slot in self.slots],
             "problem": self.problem,
+            "is_changing": self.is_changing,
+            "gone": self.gone,
         }
 
 
@@ -165,8 +175,7 @@ def policy_text(kind: PolicyKind) -> str:
 
 def recipient_text(slot: bytes) -> str:
     """Return the fingerprint of whoever can open a recovery slot, by what the slot says."""
-    start = len(labels.RECOVERY_SLOT_MAGIC) + 2  # Behind magic and version.
-    return slot[start : start + recovery.FINGERPRINT_SIZE].hex()
+    return recovery.recipient_of(slot)[0]
 
 
 def key_info(record: KeyRecord, file: str, storage_key_name: bytes) -> KeyInfo:
@@ -178,11 +187,31 @@ def key_info(record: KeyRecord, file: str, storage_key_name: bytes) -> KeyInfo:
         created=time_text(record.created),
         origin=ORIGIN_WORDS[record.origin],
         slots=tuple(_tpm_slot_info(slot, storage_key_name) for slot in record.tpm_slots)
+        + ((SlotInfo("software", "none", (), True, None),) if record.software_slot else ())
         + tuple(
             SlotInfo("recovery", "none", (), False, recipient_text(slot))
             for slot in record.recovery_slots
         ),
     )
+
+
+def with_tombstones(infos: list[KeyInfo], stones: Mapping[str, Tombstone]) -> list[KeyInfo]:
+    """Return the records as they are to be shown beside the tombstones of this host, by file."""
+    texts = {stone.kmi: _gone_text(stone) for stone in stones.values()}
+    shown = [replace(info, gone=texts.get(info.kmi)) for info in infos]
+    there = {info.kmi for info in infos}
+    return shown + [
+        KeyInfo(file, stone.kmi, stone.vm_id, "", "", (), gone=texts[stone.kmi])
+        for file, stone in stones.items()
+        if stone.kmi not in there
+    ]
+
+
+def _gone_text(stone: Tombstone) -> str:
+    when = time_text(stone.when)
+    if stone.why is Why.MOVED:
+        return f"moved to host {stone.to_host.hex()} at {when}"
+    return f"revoked at {when}"
 
 
 def _tpm_slot_info(slot: TpmSlot, storage_key_name: bytes) -> SlotInfo:

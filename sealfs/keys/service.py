@@ -12,48 +12,41 @@ side by side. A service must not be used after a fork.
 
 from __future__ import annotations
 
-import hmac
-import logging
+import contextlib
+import dataclasses
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar
+from typing import Literal, Self
 
 from sealfs.errors import (
     AlreadyExists,
     FormatError,
-    KeyNotFound,
-    KeyRecordDamaged,
     KeyRefused,
     KeyServiceError,
-    PinNeeded,
-    TpmUnavailable,
+    SealfsError,
+    UsageError,
 )
-from sealfs.keys import policy, provision, records, recovery, reports, reseal, trial, wire
+from sealfs.keys import origins, policy, provision, records, reports, reseal, trial, wire
 from sealfs.keys.audit import Actor, AuditLog
+from sealfs.keys.enrolment import HostId
 from sealfs.keys.host import Host, HostCounter, mixed_random
 from sealfs.keys.ledger import Ledger
+from sealfs.keys.moving import Moving, host_id
+from sealfs.keys.opening import AskPin, Opening
+from sealfs.keys.origins import KeyOrigin, KmiKind
 from sealfs.keys.protection import Protection
-from sealfs.keys.records import KeyRecord, Origin, PolicyKind
+from sealfs.keys.recovering import Recovering
 from sealfs.keys.registry import Registry
 from sealfs.keys.reports import InitReport, KeyInfo, SlotReport
+from sealfs.keys.rotation import Rotation, changing_key
+from sealfs.keys.slots import Slots
 from sealfs.keys.statedir import LEDGER_FILE, ImageLock
-from sealfs.keys.unlocked import Unlocked
 from sealfs.keys.vault import Vault
-from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey, wipe
+from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey
 
-if TYPE_CHECKING:
-    from sealfs.keys.tpm import Tpm
-
-KmiKind = Literal["vm-id", "opaque"]
-
-AskPin = Callable[[str], bytearray]
-T = TypeVar("T")
-
-OPAQUE_KMI_SIZE: Final = 16
-
-_log = logging.getLogger(__name__)
+SlotKind = Literal["tpm", "software"]
 
 
 class KeyService:
@@ -69,9 +62,6 @@ class KeyService:
         self._host = host
         self._state = host.state
         self._vault = Vault(host)
-        self._unlocked = Unlocked()
-        self.ask_pin: AskPin | None = None
-        """Asked, by VM id, where a key needs a PIN and none was given; the VM stays unlocked."""
         self.policies = self._vault.policies
         self.ledger = Ledger(
             host.state,
@@ -84,6 +74,21 @@ class KeyService:
             host.state, host.record.host_id, host.subkey, self.ledger, name_of=name_of
         )
         self.audit = AuditLog(host.state, host.subkey, self.ledger, actor)
+        self._opening = Opening(host, self._vault, self.audit)
+        self._recovering = Recovering(host, self._vault, self._opening)
+        self.moving = Moving(
+            host, self._vault, self._opening, self._recovering, self.ledger, self.audit
+        )
+        self.slots = Slots(host, self._vault, self._opening, self.audit)
+
+    @property
+    def ask_pin(self) -> AskPin | None:
+        """Asked, by VM id, where a key needs a PIN and none was given; the VM stays unlocked."""
+        return self._opening.ask_pin
+
+    @ask_pin.setter
+    def ask_pin(self, ask: AskPin | None) -> None:
+        self._opening.ask_pin = ask
 
     @staticmethod
     def initialise(
@@ -149,7 +154,7 @@ class KeyService:
 
     def close(self) -> None:
         """Wipe the host secret and the keys of unlocked VMs kept in memory."""
-        self._unlocked.close()
+        self._opening.close()
         self._host.close()
 
     def __enter__(self) -> Self:
@@ -191,15 +196,21 @@ class KeyService:
         pcrs: tuple[int, ...] = (),
         pin: bytearray | None = None,
         signer: bytes = b"",
+        origin: KeyOrigin = "mixed",
+        handed_in: bytes | bytearray | None = None,
+        slot: SlotKind = "tpm",
     ) -> VmKey:
         """Make a VM's key; durable on return.
 
         Args:
             vm_id: 1 to 255 bytes of UTF-8 without control characters.
-            kmi: Find the key by its VM id, or by an opaque identifier made here.
+            kmi: Find the key by its VM id, or by an identifier made by the service or the TPM.
             pcrs: Have the TPM give the key only while these PCRs are as they are now.
             pin: Have it give the key for this PIN only.
             signer: Have it give the key only while the PCRs are as this key signs them to be.
+            origin: Who makes the key.
+            handed_in: The key, 64 bytes, where the console made it; the caller wipes it.
+            slot: Have the TPM protect it, or the key service, which the TPM protects.
 
         Raises:
             AlreadyExists: this VM has a key here.
@@ -207,8 +218,13 @@ class KeyService:
             KeyRefused, TpmUnavailable, KeyRecordDamaged: from the TPM and the host record.
         """
         wanted = Protection(policy.check_pcrs(pcrs), pin, signer)
-        with self.audit.recorded("key made", vm=vm_id) as facts:
-            key, _ = self._make(vm_id, kmi, wanted, is_existing_fine=False)
+        if handed_in is not None:
+            origins.check_handed_in(handed_in, "VM key")
+        if slot == "software" and wanted.policy:
+            raise UsageError(vm_id, "a software slot asks for nothing: PCRs, PIN and signer are "
+                             "for a slot of the TPM")  # fmt: skip
+        with self.audit.recorded("key made", vm=vm_id, origin=origin) as facts:
+            key, _ = self._make(vm_id, kmi, wanted, origin, handed_in, slot, is_existing_fine=False)
             facts["kmi"] = key.kmi
         return key
 
@@ -228,13 +244,17 @@ class KeyService:
         """
         wanted = Protection(policy.check_pcrs(pcrs), pin, signer)
         try:
-            key, is_new = self._asked(
-                vm_id, lambda: self._make(vm_id, kmi, wanted, is_existing_fine=True)
+            key, is_new = self._opening.asked(
+                vm_id,
+                lambda: self._make(vm_id, kmi, wanted, "mixed", None, "tpm", is_existing_fine=True),
             )
         except KeyServiceError as error:
             self.audit.failed("key made or used", error, vm=vm_id)
             raise
-        self.audit.record("key made" if is_new else "key used", vm=vm_id, kmi=key.kmi)
+        if is_new:
+            self.audit.record("key made", vm=vm_id, origin="mixed", kmi=key.kmi)
+        else:
+            self.audit.record("key used", vm=vm_id, kmi=key.kmi)
         return key
 
     def unseal(
@@ -255,7 +275,7 @@ class KeyService:
             record = self._vault.read_known(kmi)
             if record.vm_id != vm_id:
                 raise KeyRefused(kmi, f"is the key of VM {record.vm_id!r}, not of {vm_id!r}")
-            return self._asked(vm_id, lambda: self._open(record, pin))
+            return self._opening.asked(vm_id, lambda: self._opening.open(record, pin))
 
     def unlock(self, vm_id: str, pin: bytearray) -> None:
         """Open a VM's key with its PIN and keep it until `lock` or `close`.
@@ -263,23 +283,15 @@ class KeyService:
         Raises:
             As `unseal`; one try is made for each slot that takes a PIN.
         """
-        with self.audit.recorded("key unlocked", vm=vm_id):
-            record = self._vault.record_of_vm(vm_id)
-            if record is None:
-                raise KeyNotFound(vm_id, "this host has no key for it")
-            with self._host.tpm() as tpm:
-                self._unlocked.keep(self._vault.open_record(record, tpm, pin))
+        self._opening.unlock(vm_id, pin)
 
     def lock(self, vm_id: str) -> bool:
         """Wipe the key that `unlock` kept; whether there was one. Image keys are their users'."""
-        was_unlocked = self._unlocked.lock(vm_id)
-        if was_unlocked:
-            self.audit.record("key locked", vm=vm_id)
-        return was_unlocked
+        return self._opening.lock(vm_id)
 
     def unlocked(self) -> list[str]:
         """Return the VMs that are unlocked."""
-        return self._unlocked.names()
+        return self._opening.unlocked.names()
 
     @property
     def state_path(self) -> Path:
@@ -293,12 +305,11 @@ class KeyService:
         wire.check_identifier(vm_id, "VM id")
 
         def work() -> None:
-            reseal.reseal(
-                self._host, self._vault, self._unlocked, vm_id, wanted, pin=pin, keep=keep
-            )
+            unlocked = self._opening.unlocked
+            reseal.reseal(self._host, self._vault, unlocked, vm_id, wanted, pin=pin, keep=keep)
 
         with self.audit.recorded("key resealed", vm=vm_id):
-            self._asked(vm_id, work)
+            self._opening.asked(vm_id, work)
 
     def pcr_values(self, pcrs: Sequence[int]) -> tuple[bytes, ...]:
         """Return the SHA-256 values of PCRs, ascending, as this host's TPM has them now."""
@@ -317,8 +328,16 @@ class KeyService:
         Raises:
             As `unseal`; KeyRefused also where the image's key is not wrapped under this VM's.
         """
-        with self.unseal(kmi, vm_id, image_uuid=image_uuid) as vm_key:
+        with (
+            self.unseal(kmi, vm_id, image_uuid=image_uuid) as vm_key,
+            contextlib.suppress(KeyRefused),
+        ):
             return vm_key.unwrap_image_key(image_uuid, wrapped)
+        # The VM's key may be changing: the new one, or what has just become of it.
+        with self.audit.recorded("key used", vm=vm_id, kmi=kmi, image=image_uuid.hex()):
+            record = self._vault.read_pending(kmi) or self._vault.read_known(kmi)
+            with self._opening.asked(vm_id, lambda: self._opening.open(record)) as vm_key:
+                return vm_key.unwrap_image_key(image_uuid, wrapped)
 
     def new_image_key(self, vm_id: str, image_uuid: bytes) -> NewImageKey:
         """Return the key of a new image of a VM; the VM's own key is made if it has none.
@@ -348,9 +367,11 @@ class KeyService:
         they would open it. This host's recipient gets a slot of its own.
 
         A slot proves who can open it, not who made it: an image from an untrusted place can
-        carry a key that somebody else knows.
+        carry a key that somebody else knows. Of the slots only those that this recovery key
+        opens are kept; the others wait for `Slots.adopt`.
 
         Raises:
+            KeyGone: it was moved to another host, or revoked.
             RecoveryRefused: mistyped, or no slot is for this recovery key.
             KeyRecordDamaged: the slots are of another VM, or altered.
             KeyRefused: this host holds another key for this VM.
@@ -359,39 +380,32 @@ class KeyService:
         wire.check_identifier(vm_id, "VM id")
         wire.check_identifier(kmi, "KMI")
         with self.audit.recorded("key recovered", vm=vm_id, kmi=kmi):
-            return self._recover(vm_id, kmi, recovery_slots, recovery_key)
+            return self._recovering.recover(vm_id, kmi, recovery_slots, recovery_key)
 
-    def _recover(
-        self, vm_id: str, kmi: str, recovery_slots: Sequence[bytes], recovery_key: str
-    ) -> VmKey:
-        private = recovery.parse_private(recovery_key)
-        raw_key = recovery.unwrap(list(recovery_slots), private, vm_id=vm_id, kmi=kmi)
-        recovered = VmKey(
-            raw_key,
-            vm_id=vm_id,
-            kmi=kmi,
-            recovery_slots=_slots_of(recovery_slots, records.binding(vm_id, kmi)),
-        )
+    @contextlib.contextmanager
+    def rotating(self, vm_id: str) -> Iterator[Rotation]:
+        """Lend a change of a VM's key, during which no image of it is made; see `Rotation`.
+
+        Raises:
+            Busy: an image of the VM is being made, or its key is being changed.
+        """
         try:
-            with self._state.lock() as held, self._host.tpm_under(held) as tpm:
-                wanted = Protection()
-                try:
-                    old = self._vault.read(self._state.record_file(kmi), kmi=kmi)
-                except (FormatError, KeyRecordDamaged) as error:
-                    _log.warning("replacing the key record of %r: %s", vm_id, error)
-                    old = None
-                if old is not None:
-                    existing = self._existing(old, recovered, tpm)
-                    if existing is not None:
-                        recovered.wipe()
-                        return existing
-                    wanted = self._kept_protection(old, recovered)
-                self._vault.add_own_recipient(recovered)
-                self._vault.protect(recovered, Origin.RECOVERED, wanted, tpm, held)
-        except BaseException:
-            recovered.wipe()
+            with (
+                changing_key(self, vm_id),
+                contextlib.closing(
+                    Rotation(self._host, self._vault, self._opening, vm_id)
+                ) as rotation,
+            ):
+                yield rotation
+        except SealfsError as error:
+            self.audit.failed("key rotated", error, vm=vm_id)
             raise
-        return recovered
+        if rotation.is_finished:
+            self.audit.record("key rotated", vm=vm_id, kmi=rotation.kmi)
+
+    def host_id(self) -> HostId:
+        """Return who this host is, for another one. Raises as `moving.host_id`."""
+        return host_id(self._host)
 
     # Looking at keys
 
@@ -406,7 +420,10 @@ class KeyService:
                 found.append(KeyInfo(file, "", "", "", "", (), problem=error.detail))
                 continue
             if record is not None:
-                found.append(reports.key_info(record, file, name_of_key))
+                info = reports.key_info(record, file, name_of_key)
+                is_changing = self._state.has(self._state.pending_file(record.kmi))
+                found.append(dataclasses.replace(info, is_changing=is_changing))
+        found = reports.with_tombstones(found, self._vault.tombstones())
         return sorted(found, key=lambda info: (info.vm_id, info.kmi, info.file))
 
     def test(self, kmi: str, *, pin: bytearray | None = None) -> list[SlotReport]:
@@ -431,108 +448,48 @@ class KeyService:
     # Inside
 
     def _make(
-        self, vm_id: str, kind: KmiKind, wanted: Protection, *, is_existing_fine: bool
+        self,
+        vm_id: str,
+        kind: KmiKind,
+        wanted: Protection,
+        origin: KeyOrigin,
+        handed_in: bytes | bytearray | None,
+        slot: SlotKind,
+        *,
+        is_existing_fine: bool,
     ) -> tuple[VmKey, bool]:
         """Return the key, and whether it was made."""
         wire.check_identifier(vm_id, "VM id")
         with self._state.lock() as held:
+            self._vault.check_not_gone(vm_id)
             record = self._vault.record_of_vm(vm_id)
             if record is not None and not is_existing_fine:
                 raise AlreadyExists(vm_id, "this VM has a key on this host already")
             if record is not None:
-                kept = self._kept(record)
+                # While the key is changed, images are made under the one to come.
+                record = self._vault.read_pending(record.kmi) or record
+                kept = self._opening.kept(record)
                 if kept is not None:
                     return kept, False
                 self._vault.check_pin(record, wanted.pin)
             with self._host.tpm_under(held) as tpm:
                 if record is not None:
                     return self._vault.open_record(record, tpm, wanted.pin), False
-                kmi = vm_id if kind == "vm-id" else mixed_random(tpm, OPAQUE_KMI_SIZE).hex()
-                key = VmKey(
-                    mixed_random(tpm, records.VM_KEY_SIZE),
-                    vm_id=vm_id,
-                    kmi=kmi,
-                    recovery_slots=(),
-                )
+                kmi = origins.new_kmi(kind, vm_id, tpm)
+                raw_key = origins.raw_key(origin, handed_in, tpm)
+                key = VmKey(raw_key, vm_id=vm_id, kmi=kmi, recovery_slots=())
                 try:
                     self._vault.add_own_recipient(key)
-                    self._vault.protect(key, Origin.MIXED, wanted, tpm, held)
+                    is_software = slot == "software"
+                    self._vault.protect(
+                        key,
+                        origins.ORIGINS[origin],
+                        () if is_software else (wanted,),
+                        tpm,
+                        held,
+                        is_software=is_software,
+                    )
                 except BaseException:
                     key.wipe()
                     raise
                 return key, True
-
-    def _existing(self, old: KeyRecord, recovered: VmKey, tpm: Tpm) -> VmKey | None:
-        """Return the key that this host's record gives, None where it gives none."""
-        if old.vm_id != recovered.vm_id:
-            raise KeyRefused(old.kmi, f"this host holds it as the key of VM {old.vm_id!r}")
-        try:
-            existing = self._vault.open_record(old, tpm)
-        except TpmUnavailable:
-            raise
-        except KeyServiceError as error:
-            _log.warning("replacing the key record of %r: %s", recovered.vm_id, error)
-            return None
-        with existing.secret() as ours, recovered.secret() as theirs:
-            is_same = hmac.compare_digest(ours, theirs)
-        if not is_same:
-            existing.wipe()
-            raise KeyRefused(
-                recovered.vm_id, "this host holds another key for this VM than the slot does"
-            )
-        return existing
-
-    def _asked(self, vm_id: str, use: Callable[[], T]) -> T:
-        """Do `use`; where it lacks a PIN, have the VM unlocked by whoever can be asked, again."""
-        try:
-            return use()
-        except PinNeeded:
-            if self.ask_pin is None:
-                raise
-        pin = self.ask_pin(vm_id)
-        try:
-            self.unlock(vm_id, pin)
-        finally:
-            wipe(pin)
-        return use()
-
-    def _open(self, record: KeyRecord, pin: bytearray | None) -> VmKey:
-        kept = self._kept(record)
-        if kept is not None:
-            return kept
-        self._vault.check_pin(record, pin)
-        with self._host.tpm() as tpm:
-            return self._vault.open_record(record, tpm, pin)
-
-    def _kept(self, record: KeyRecord) -> VmKey | None:
-        """Return the key of a VM that is unlocked."""
-        self._state.check_process()
-        return self._unlocked.copy_of(record)
-
-    def _kept_protection(self, old: KeyRecord, recovered: VmKey) -> Protection:
-        """Return what a recovered key's new slot asks for, by its newest old one."""
-        with recovered.record_mac_key() as mac_key:
-            if not (old.tpm_slots and old.is_authentic(mac_key)):
-                return Protection()
-        slot = old.tpm_slots[-1]
-        lost = slot.policy & ~PolicyKind.PCRS
-        if lost:
-            _log.warning(
-                "the key of %r opens without %s now; `sealfs key reseal` sets it again",
-                recovered.vm_id,
-                reports.policy_text(lost),
-            )
-        return Protection(slot.pcrs)
-
-
-def _slots_of(slots: Sequence[bytes], binding: bytes) -> tuple[bytes, ...]:
-    """Keep the slots that are for this VM; what an image carries is not trusted."""
-    found: list[bytes] = []
-    for raw in slots:
-        try:
-            slot = recovery.RecoverySlot.decode(raw, "recovery slot")
-        except (FormatError, KeyRecordDamaged):
-            continue
-        if slot.binding == binding and raw not in found:
-            found.append(raw)
-    return tuple(found[: records.RECOVERY_SLOT_COUNT_MAX])

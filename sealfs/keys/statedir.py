@@ -56,6 +56,10 @@ REPLACED_SUFFIX: Final = ".replaced"
 """Of what is left of a host whose TPM was replaced."""
 RECORD_SUFFIX: Final = ".slot"
 POLICY_SUFFIX: Final = ".policy"
+GONE_SUFFIX: Final = ".gone"
+"""The tombstone of a key that was moved or revoked."""
+PENDING_SUFFIX: Final = ".next"
+"""The record of the key that a VM's images are just being rewrapped to."""
 TEMPORARY_PREFIX: Final = ".new-"
 
 
@@ -280,6 +284,10 @@ class StateDir:
         finally:
             os.close(descriptor)
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a file; nothing is read."""
+        return os.path.lexists(self.path / name)
+
     def write(self, name: str, content: bytes, held: HeldLock) -> None:
         """Replace a whole file; durable on return. The caller holds the lock.
 
@@ -354,19 +362,22 @@ class StateDir:
         assert held.descriptor >= 0
         try:
             os.replace(self.path / old, self.path / new)
-            _sync_directory(self.path)
+            _sync_directory((self.path / new).parent)
         except OSError as error:
             raise StorageFailed(self.path / new, f"cannot be named: {error.strerror}") from error
 
-    def record_names(self) -> list[str]:
-        """Return the names of all key record files, relative to the state directory, sorted."""
+    def record_names(self, suffix: str = RECORD_SUFFIX) -> list[str]:
+        """Return the names of all key record files, relative to the state directory, sorted.
+
+        `suffix`: of another kind of file beside them.
+        """
         try:
             found = os.listdir(self.keys_directory)
         except OSError as error:
             raise KeyRecordDamaged(
                 self.keys_directory, f"cannot be read: {error.strerror}"
             ) from error
-        return sorted(f"{KEYS_DIRECTORY}/{name}" for name in found if name.endswith(RECORD_SUFFIX))
+        return sorted(f"{KEYS_DIRECTORY}/{name}" for name in found if name.endswith(suffix))
 
     def policy_names(self) -> list[str]:
         """Return the names of all signed policies, relative to the state directory, sorted."""
@@ -399,6 +410,14 @@ class StateDir:
     def record_file(self, kmi: str) -> str:
         """Return the name of a KMI's record, relative to the state directory."""
         return f"{KEYS_DIRECTORY}/{record_name(kmi)}"
+
+    def pending_file(self, kmi: str) -> str:
+        """Return the name of the record that a KMI's will be replaced by, as `record_file`."""
+        return self.record_file(kmi).removesuffix(RECORD_SUFFIX) + PENDING_SUFFIX
+
+    def gone_file(self, kmi: str) -> str:
+        """Return the name of a KMI's tombstone, as `record_file`."""
+        return self.record_file(kmi).removesuffix(RECORD_SUFFIX) + GONE_SUFFIX
 
     def _sweep(self, directory: Path) -> None:
         # Every writer holds the lock, so a temporary file seen here was left by a dead one.

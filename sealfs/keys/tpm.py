@@ -20,6 +20,8 @@ from tpm2_pytss import ESYS_TR, TSS2_Exception
 from tpm2_pytss.constants import TPM2_SE, TPM2_SU
 from tpm2_pytss.types import (
     TPM2_HANDLE,
+    TPM2B_DATA,
+    TPM2B_ENCRYPTED_SECRET,
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
@@ -233,6 +235,31 @@ class Tpm(TpmPolicies):
                 return SealedObject(bytes(public.marshal()), bytes(private.marshal()))
 
         return self._run(Act.SEAL, work)
+
+    def import_object(
+        self, public: bytes, duplicate: bytes, seed: bytes, subject: object
+    ) -> SealedObject:
+        """Take in an object that was wrapped to this storage key (TPM2_Import); see `unseal`.
+
+        Raises:
+            KeyRecordDamaged: altered, or wrapped to another key.
+        """
+
+        def work() -> SealedObject:
+            with self._session(TPM2_SE.HMAC) as session:
+                private = self._secret(
+                    session,
+                    "import_",
+                    self._storage_key,
+                    TPM2B_DATA(),
+                    TPM2B_PUBLIC.unmarshal(public)[0],
+                    TPM2B_PRIVATE.unmarshal(duplicate)[0],
+                    TPM2B_ENCRYPTED_SECRET.unmarshal(seed)[0],
+                    tpm_templates.null_cipher(),
+                )
+                return SealedObject(public, bytes(private.marshal()))
+
+        return self._run(Act.IMPORT, work, subject)
 
     def unseal(
         self,

@@ -48,6 +48,7 @@ _OUT: Final = int(TPMA_SESSION.ENCRYPT)
 _SECRET_CALLS: Final = {
     "create": _IN | _OUT,
     "load": _IN | _OUT,
+    "import_": _IN | _OUT,
     "unseal": _OUT,
     "get_random": _OUT,
     "pcr_read": int(TPMA_SESSION.AUDIT),

@@ -60,6 +60,7 @@ class Act(Enum):
     PROVISION = "set up the storage key"
     SEAL = "seal a key"
     LOAD = "load a key record"
+    IMPORT = "import a key"
     UNSEAL = "unseal a key"
     PIN = "unseal a key with its PIN"
     READ = "read the TPM's state"
@@ -104,6 +105,10 @@ def error_of(code: int, act: Act, subject: object, cause: str | None = None) -> 
         return LockedOut(subject, f"{_LOCKED_OUT} ({code:#x})")
     if act is Act.PIN and known == AUTH_FAIL:
         return WrongPin(subject, None)
+    if act is Act.IMPORT and is_about_object and known not in (BAD_AUTH, HANDLE):
+        return KeyRecordDamaged(
+            subject, f"its package was altered, or wrapped to another TPM ({code:#x})"
+        )
     sentence = _REFUSALS.get(known)
     if sentence is None and act in (Act.UNSEAL, Act.PIN):
         sentence = _UNAPPROVED.get(known)

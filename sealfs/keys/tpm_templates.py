@@ -109,6 +109,22 @@ def sealed_template(policy_digest: bytes, *, has_pin: bool = False) -> Any:
     )
 
 
+def duplicable_template() -> Any:
+    """A sealed object that another TPM made, or software; its `unique` is still to be set.
+
+    As `sealed_template` without a policy, but neither FIXEDTPM nor FIXEDPARENT: TPM2_Import
+    refuses those. It is opened once, and sealed anew.
+    """
+    template = sealed_template(b"")
+    template.publicArea.objectAttributes = TPMA_OBJECT.NODA | TPMA_OBJECT.USERWITHAUTH
+    return template
+
+
+def null_cipher() -> Any:
+    """No inner wrapper, for TPM2_Import."""
+    return TPMT_SYM_DEF_OBJECT(algorithm=TPM2_ALG.NULL)
+
+
 def counter_public(index: int, label: bytes = b"") -> Any:
     """An NV counter that only its own authorisation reads and increments.
 

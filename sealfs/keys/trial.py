@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sealfs.errors import KeyServiceError, PinNeeded, TpmUnavailable
+from sealfs.errors import FormatError, KeyServiceError, PinNeeded, TpmUnavailable
 from sealfs.keys import reports
 from sealfs.keys.records import KeyRecord, PolicyKind, TpmSlot
 from sealfs.keys.reports import SlotReport
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def trial(vault: Vault, record: KeyRecord, tpm: Tpm, pin: bytearray | None) -> list[SlotReport]:
-    """Try every tpm slot, one that takes a PIN where one is given; nothing is changed.
+    """Try every slot, one that takes a PIN where one is given; nothing is changed.
 
     Raises:
         TpmUnavailable: the TPM does not answer.
@@ -44,10 +44,20 @@ def trial(vault: Vault, record: KeyRecord, tpm: Tpm, pin: bytearray | None) -> l
         except KeyServiceError as error:
             opens, detail = False, error.detail
         found.append(SlotReport(index, "tpm", opens, detail, tuple(trouble), lockout))
+    if record.software_slot:
+        found.append(_software(vault, record, len(found)))
     for index, raw in enumerate(record.recovery_slots, start=len(found)):
         text = f"opens with recovery key {reports.recipient_text(raw)}; not tried"
         found.append(SlotReport(index, "recovery", None, text))
     return found
+
+
+def _software(vault: Vault, record: KeyRecord, index: int) -> SlotReport:
+    try:
+        vault.open_software(record).wipe()
+    except (FormatError, KeyServiceError) as error:
+        return SlotReport(index, "software", False, error.detail)
+    return SlotReport(index, "software", True, "opens")
 
 
 def _pcr_trouble(slot: TpmSlot, tpm: Tpm) -> list[str]:

@@ -13,41 +13,56 @@ from sealfs.keys.vmkey import VmKey
 
 
 class Unlocked:
-    """The keys of the VMs that were unlocked, until they are locked."""
+    """The keys of the VMs that were unlocked, until they are locked.
+
+    A VM whose key is being changed has two: the old one, and the one to come.
+    """
 
     def __init__(self) -> None:
-        self._keys: dict[str, VmKey] = {}
+        self._keys: dict[str, tuple[VmKey, ...]] = {}
         # Protects the keys against being wiped while one is copied; held for microseconds.
         self._lock = threading.Lock()
 
-    def keep(self, key: VmKey) -> None:
-        """Take over a key; an older one of its VM is wiped."""
+    def keep(self, *keys: VmKey) -> None:
+        """Take over the keys of one VM; those it had are wiped."""
         with self._lock:
-            old = self._keys.pop(key.vm_id, None)
-            if old is not None:
-                old.wipe()
-            self._keys[key.vm_id] = key
+            self._wipe(keys[0].vm_id)
+            self._keys[keys[0].vm_id] = keys
+
+    def replace(self, key: VmKey) -> None:
+        """Keep a copy of another key of a VM that is unlocked, in place of those it had."""
+        with self._lock:
+            if self._wipe(key.vm_id):
+                with key.secret() as secret:
+                    copy = VmKey(
+                        bytearray(secret),
+                        vm_id=key.vm_id,
+                        kmi=key.kmi,
+                        recovery_slots=key.recovery_slots,
+                    )
+                self._keys[key.vm_id] = (copy,)
 
     def copy_of(self, record: KeyRecord) -> VmKey | None:
         """Return the key that a record is for, None where it is locked.
 
-        A record that is not authentic under the kept key was edited, or has another key since:
-        the kept one is of no use for it.
+        A record that is authentic under none of the kept keys was edited, or has another key
+        since: they are of no use for it.
         """
         with self._lock:
-            kept = self._keys.get(record.vm_id)
-            if kept is None or kept.kmi != record.kmi:
-                return None
-            with kept.record_mac_key() as mac_key:
-                if not record.is_authentic(mac_key):
-                    return None
-            with kept.secret() as secret:
-                return VmKey(
-                    bytearray(secret),
-                    vm_id=record.vm_id,
-                    kmi=record.kmi,
-                    recovery_slots=record.recovery_slots,
-                )
+            for kept in self._keys.get(record.vm_id, ()):
+                if kept.kmi != record.kmi:
+                    continue
+                with kept.record_mac_key() as mac_key:
+                    if not record.is_authentic(mac_key):
+                        continue
+                with kept.secret() as secret:
+                    return VmKey(
+                        bytearray(secret),
+                        vm_id=record.vm_id,
+                        kmi=record.kmi,
+                        recovery_slots=record.recovery_slots,
+                    )
+            return None
 
     def names(self) -> list[str]:
         """Return the VM ids whose keys are kept, sorted."""
@@ -55,14 +70,17 @@ class Unlocked:
             return sorted(self._keys)
 
     def lock(self, vm_id: str) -> bool:
-        """Wipe a VM's key; whether there was one."""
+        """Wipe a VM's keys; whether there were any."""
         with self._lock:
-            key = self._keys.pop(vm_id, None)
-            if key is not None:
-                key.wipe()
-            return key is not None
+            return self._wipe(vm_id)
 
     def close(self) -> None:
         """Wipe all."""
         for vm_id in self.names():
             self.lock(vm_id)
+
+    def _wipe(self, vm_id: str) -> bool:
+        keys = self._keys.pop(vm_id, ())
+        for key in keys:
+            key.wipe()
+        return bool(keys)

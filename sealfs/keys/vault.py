@@ -8,14 +8,18 @@ use of it; `protect` needs the state lock as well.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hmac
 import logging
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sealfs.errors import (
     AlreadyExists,
+    Busy,
     FormatError,
     KeyNotFound,
     KeyRecordDamaged,
@@ -26,7 +30,7 @@ from sealfs.errors import (
     TpmUnavailable,
     WrongPin,
 )
-from sealfs.keys import labels, policy, records, recovery, reports, wire
+from sealfs.keys import labels, policy, records, recovery, reports, software, wire
 from sealfs.keys.access import EMBEDDED
 from sealfs.keys.host import Host
 from sealfs.keys.hostrecord import RecoveryKind
@@ -35,7 +39,8 @@ from sealfs.keys.policies import Policies
 from sealfs.keys.protection import Protection
 from sealfs.keys.records import KeyRecord, Origin, PolicyKind, TpmSlot
 from sealfs.keys.signed import SignedPolicy
-from sealfs.keys.statedir import HeldLock
+from sealfs.keys.statedir import GONE_SUFFIX, HeldLock
+from sealfs.keys.tombstone import TOMBSTONE_SIZE_MAX, Tombstone
 from sealfs.keys.vmkey import VmKey, wipe
 
 if TYPE_CHECKING:
@@ -54,6 +59,35 @@ class Vault:
 
     # Finding and reading
 
+    def tombstone(self, kmi: str) -> Tombstone | None:
+        """Return why a KMI has no key here any more, None where it was not taken away."""
+        raw = self._state.read(self._state.gone_file(kmi), TOMBSTONE_SIZE_MAX)
+        return None if raw is None else Tombstone.decode(raw, kmi)
+
+    def check_not_gone(self, vm_id: str) -> None:
+        """Refuse a VM whose key was moved or revoked, whatever its KMI.
+
+        Raises:
+            KeyGone: it was.
+        """
+        for stone in self.tombstones().values():
+            if stone.vm_id == vm_id:
+                raise stone.error(reports.time_text(stone.when))
+
+    def tombstones(self) -> dict[str, Tombstone]:
+        """Return the keys that were moved or revoked, by file."""
+        found = {}
+        for file in self._state.record_names(GONE_SUFFIX):
+            raw = self._state.read(file, TOMBSTONE_SIZE_MAX)
+            if raw is None:
+                continue
+            try:
+                found[file] = Tombstone.decode(raw, file)
+            except (FormatError, KeyRecordDamaged) as error:
+                # Its own VM is refused by `tombstone`; the others are not concerned.
+                _log.warning("skipping a key record: %s", error)
+        return found
+
     def record_of_vm(self, vm_id: str) -> KeyRecord | None:
         """Find a VM's record: under its own name, else among the opaque ones."""
         record = self.read(self._state.record_file(vm_id), kmi=vm_id)
@@ -71,14 +105,60 @@ class Vault:
                 return record
         return None
 
+    def known_of_vm(self, vm_id: str) -> KeyRecord:
+        """Return the record of a VM.
+
+        Raises:
+            KeyNotFound: there is none.
+            KeyGone: it was moved or revoked.
+        """
+        self.check_not_gone(vm_id)
+        record = self.record_of_vm(vm_id)
+        if record is None:
+            raise KeyNotFound(vm_id, "this host has no key for it")
+        return record
+
+    def changeable(self, vm_id: str) -> KeyRecord:
+        """Return the record of a VM whose key is not just changing.
+
+        Raises:
+            KeyNotFound, KeyGone: as `known_of_vm`.
+            Busy: the key is being rotated.
+        """
+        record = self.known_of_vm(vm_id)
+        if self._state.has(self._state.pending_file(record.kmi)):
+            raise Busy(vm_id, "its key is being rotated: finish that by `key rotate` first")
+        return record
+
+    def kmi_to_revoke(self, vm_id: str) -> str:
+        """Return the KMI of a VM's key, also of one that cannot be read or was revoked.
+
+        Raises:
+            KeyNotFound: the VM never had a key here.
+        """
+        for stone in self.tombstones().values():
+            if stone.vm_id == vm_id:
+                return stone.kmi
+        try:
+            record = self.record_of_vm(vm_id)
+        except (FormatError, KeyRecordDamaged):
+            return vm_id  # its own record, found by that name
+        if record is None:
+            raise KeyNotFound(vm_id, "this host has no key for it")
+        return record.kmi
+
     def read_known(self, kmi: str) -> KeyRecord:
         """Return the record of a KMI.
 
         Raises:
             KeyNotFound: there is none.
+            KeyGone: it was moved or revoked.
             KeyRecordDamaged, FormatError: it cannot be read, or is another VM's.
         """
         wire.check_identifier(kmi, "KMI")
+        stone = self.tombstone(kmi)
+        if stone is not None:
+            raise stone.error(reports.time_text(stone.when))
         record = self.read(self._state.record_file(kmi), kmi=kmi)
         if record is None:
             raise KeyNotFound(kmi, "this host has no key for it")
@@ -91,25 +171,58 @@ class Vault:
         if raw is None:
             return None
         record = KeyRecord.decode(raw, subject)
-        if self._state.record_file(record.kmi) != file:
+        if file not in (self._state.record_file(record.kmi), self._state.pending_file(record.kmi)):
             raise KeyRecordDamaged(
                 subject, "the record in its file is another VM's: files were renamed or swapped"
             )
         return record
 
+    def read_pending(self, kmi: str) -> KeyRecord | None:
+        """Return the record of the key that a KMI's images are being rewrapped to, if any."""
+        return self.read(self._state.pending_file(kmi), kmi=kmi)
+
     # Opening and making
 
     def protect(
-        self, key: VmKey, origin: Origin, wanted: Protection, tpm: Tpm, held: HeldLock
+        self,
+        key: VmKey,
+        origin: Origin,
+        wanted: Sequence[Protection],
+        tpm: Tpm,
+        held: HeldLock,
+        *,
+        is_pending: bool = False,
+        is_software: bool = False,
     ) -> None:
-        """Seal a key, prove that it opens, write its record; durable on return."""
-        slot = self.make_slot(key, wanted, tpm)
+        """Seal a key, prove that it opens by each of its slots, write its record; durable.
+
+        Args:
+            key: what is sealed; its recovery slots go into the record.
+            origin: where it came from.
+            wanted: what each tpm slot asks for, oldest first; none: no such slot.
+            tpm: in use by the caller.
+            held: the state lock.
+            is_pending: beside the record that stands, as the one to come.
+            is_software: with a software slot, which asks for nothing.
+
+        Raises:
+            KeyRefused: a slot does not open as the host is now.
+        """
         record = KeyRecord(
-            key.kmi, key.vm_id, int(time.time()), origin, (slot,), key.recovery_slots
-        )
-        record = self.proved(record, key, wanted, tpm)
+            key.kmi, key.vm_id, int(time.time()), origin, (), key.recovery_slots,
+            software_slot=self._software_slot(key) if is_software else b"",
+        )  # fmt: skip
+        for protection in wanted:
+            slots = (*record.tpm_slots, self.make_slot(key, protection, tpm))
+            record = self.proved(dataclasses.replace(record, tpm_slots=slots), key, protection, tpm)
+        if is_software:
+            with key.record_mac_key() as mac_key:
+                record = record.with_mac(mac_key)
+            with self.open_software(record) as proof:
+                _check_same(key, proof, "its software slot")
         # Crash here: no record, and nothing is sealed under this key yet.
-        self._state.write(self._state.record_file(key.kmi), record.encode(), held)
+        file = self._state.pending_file if is_pending else self._state.record_file
+        self._state.write(file(key.kmi), record.encode(), held)
 
     def make_slot(self, key: VmKey, wanted: Protection, tpm: Tpm) -> TpmSlot:
         """Seal a key as it is wanted; nothing is proved or written."""
@@ -136,6 +249,25 @@ class Vault:
         name = self._host.record.storage_key.name
         return TpmSlot(wanted.policy, wanted.pcrs, values, name, sealed, wanted.signer, ref)
 
+    def own_slots(self, record: KeyRecord) -> list[TpmSlot]:
+        """Return the slots of this host's TPM, oldest first."""
+        own = self._host.record.storage_key.name
+        return [slot for slot in record.tpm_slots if slot.storage_key_name == own]
+
+    def own_protections(self, record: KeyRecord, pin: bytearray | None) -> list[Protection]:
+        """Return what this TPM's slots of a record ask for, oldest first, each once.
+
+        `pin` stands for the PIN of all that take one.
+        """
+        found: list[Protection] = []
+        for slot in self.own_slots(record):
+            takes_pin = bool(slot.policy & PolicyKind.PIN)
+            assert pin is not None or not takes_pin, "a PIN is asked for first"
+            wanted = Protection(slot.pcrs, pin if takes_pin else None, slot.signer)
+            if wanted not in found:
+                found.append(wanted)
+        return found
+
     def proved(self, record: KeyRecord, key: VmKey, wanted: Protection, tpm: Tpm) -> KeyRecord:
         """Return a record with its MAC, after its newest slot gave the key by a real unseal.
 
@@ -144,14 +276,41 @@ class Vault:
         """
         with key.record_mac_key() as mac_key:
             record = record.with_mac(mac_key)
-        with (
-            self.open_slot(record, record.tpm_slots[-1], tpm, wanted.pin) as proof,
-            key.secret() as ours,
-            proof.secret() as theirs,
-        ):
-            if not hmac.compare_digest(ours, theirs):
-                raise TpmUnavailable(key.vm_id, "the TPM gave back another key than was sealed")
+        with self.open_slot(record, record.tpm_slots[-1], tpm, wanted.pin) as proof:
+            _check_same(key, proof, "the TPM")
         return record
+
+    def _software_slot(self, key: VmKey) -> bytes:
+        salt = os.urandom(software.SALT_SIZE)
+        info = software.subkey_info(key.vm_id, key.kmi, salt)
+        with self._host.subkey_in_use(info) as subkey, key.secret() as secret:
+            return software.wrap(
+                secret, subkey, vm_id=key.vm_id, kmi=key.kmi,
+                host_id=self._host.record.host_id, salt=salt,
+            )  # fmt: skip
+
+    def keep_slots(
+        self, record: KeyRecord, key: VmKey, slots: tuple[bytes, ...], held: HeldLock
+    ) -> None:
+        """Give an authentic record these recovery slots; durable on return.
+
+        Raises:
+            KeyServiceError: they are more than a record holds.
+        """
+        if len(slots) > records.RECOVERY_SLOT_COUNT_MAX:
+            raise KeyServiceError(
+                record.vm_id, f"has {records.RECOVERY_SLOT_COUNT_MAX} recovery keys, the most"
+            )
+        key.recovery_slots = slots
+        if slots == record.recovery_slots:
+            return
+        with key.record_mac_key() as mac_key:
+            # A record of an older version is written in the present one.
+            after = dataclasses.replace(
+                record, recovery_slots=slots, version=records.RECORD_VERSION
+            ).with_mac(mac_key)
+        # Crash here: the record as it was.
+        self._state.write(self._state.record_file(record.kmi), after.encode(), held)
 
     def add_own_recipient(self, key: VmKey) -> None:
         """Wrap the key to this host's recovery recipient, unless a slot of it is there."""
@@ -174,16 +333,24 @@ class Vault:
         Raises:
             PinNeeded: every slot of this TPM asks for a PIN.
         """
-        own = self._host.record.storage_key.name
-        ours = [slot for slot in record.tpm_slots if slot.storage_key_name == own]
-        if pin is None and ours and all(slot.policy & PolicyKind.PIN for slot in ours):
+        ours = self.own_slots(record)
+        is_locked = ours and all(slot.policy & PolicyKind.PIN for slot in ours)
+        if pin is None and is_locked and not record.software_slot:
             raise PinNeeded(record.vm_id, "its key opens with its PIN only")
 
-    def open_record(self, record: KeyRecord, tpm: Tpm, pin: bytearray | None = None) -> VmKey:
+    def open_record(
+        self,
+        record: KeyRecord,
+        tpm: Tpm,
+        pin: bytearray | None = None,
+        *,
+        by_pin: bool = False,
+    ) -> VmKey:
         """Return the key from the first slot that opens.
 
-        Slots without a PIN come first, newest first; then, where a PIN is given, each slot that
-        takes one is tried with it once.
+        Slots without a PIN come first, newest first, the software slot behind them; then, where
+        a PIN is given, each slot that takes one is tried with it once. `by_pin`: only these, so
+        that the PIN is proved to be right.
 
         Raises:
             WrongPin, LockedOut: from a slot that takes the PIN.
@@ -191,10 +358,21 @@ class Vault:
             KeyServiceError: otherwise the newest slot's own error.
         """
         self.check_pin(record, pin)
+        slots = records.opening_order(record.tpm_slots)
+        asking = [slot for slot in slots if slot.policy & PolicyKind.PIN]
+        ways = [partial(self.open_slot, record, slot, tpm, pin) for slot in asking]
+        if not by_pin:
+            others = [slot for slot in slots if slot not in asking]
+            software_way = [partial(self.open_software, record)] if record.software_slot else []
+            ways = [
+                *(partial(self.open_slot, record, slot, tpm) for slot in others),
+                *software_way,
+                *ways,
+            ]
         failed: list[KeyServiceError] = []
-        for slot in records.opening_order(record.tpm_slots):
+        for way in ways:
             try:
-                return self.open_slot(record, slot, tpm, pin)
+                return way()
             except TpmUnavailable:
                 raise
             except KeyServiceError as error:
@@ -243,12 +421,28 @@ class Vault:
             raw_key = records.open_vm_payload(payload, vm_id, record.kmi)
         finally:
             wipe(payload)
-        key = VmKey(raw_key, vm_id=vm_id, kmi=record.kmi, recovery_slots=record.recovery_slots)
+        return self._authentic(raw_key, record)
+
+    def open_software(self, record: KeyRecord) -> VmKey:
+        """Return the key of the software slot, as `open_slot`; within a use of the TPM."""
+        salt = software.salt_of(record.software_slot, record.vm_id, self._host.record.host_id)
+        info = software.subkey_info(record.vm_id, record.kmi, salt)
+        with self._host.subkey_in_use(info) as subkey:
+            raw_key = software.unwrap(
+                record.software_slot, subkey, vm_id=record.vm_id, kmi=record.kmi
+            )
+        return self._authentic(raw_key, record)
+
+    def _authentic(self, raw_key: bytearray, record: KeyRecord) -> VmKey:
+        """Return the key of a record that authenticates under it."""
+        key = VmKey(
+            raw_key, vm_id=record.vm_id, kmi=record.kmi, recovery_slots=record.recovery_slots
+        )
         with key.record_mac_key() as mac_key:
             if record.is_authentic(mac_key):
                 return key
         key.wipe()
-        raise KeyRecordDamaged(vm_id, "its key record does not authenticate: it was edited")
+        raise KeyRecordDamaged(record.vm_id, "its key record does not authenticate: it was edited")
 
     def _counter_authorisation(
         self, approval: SignedPolicy | None
@@ -256,6 +450,12 @@ class Vault:
         if approval is None or approval.limit is None:
             return contextlib.nullcontext(bytearray())
         return self._host.nv_authorisation()
+
+
+def _check_same(ours: VmKey, theirs: VmKey, whose: str) -> None:
+    with ours.secret() as one, theirs.secret() as other:
+        if not hmac.compare_digest(one, other):
+            raise TpmUnavailable(ours.vm_id, f"{whose} gave back another key than was sealed")
 
 
 @contextlib.contextmanager

@@ -155,6 +155,14 @@ class VmKey:
             yield subkey
 
     @contextmanager
+    def package_mac_key(self) -> Iterator[bytearray]:
+        """Lend the subkey that authenticates a package with this key."""
+        self._check_alive()
+        info = labels.PACKAGE_MAC_INFO + binding(self.vm_id, self.kmi)
+        with derived(self._key, info=info) as subkey:
+            yield subkey
+
+    @contextmanager
     def secret(self) -> Iterator[bytearray]:
         """Lend the key itself, to seal it or wrap it for recovery; not to be kept."""
         self._check_alive()

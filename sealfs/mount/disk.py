@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -221,6 +222,35 @@ class Disk:
                 self.opened.check_part_steps(start, CHECK_GROUPS, data=data)
             )
         return part
+
+    async def rewrite_identity(
+        self,
+        generation: int,
+        wrapped: tuple[tuple[int, bytes], ...] | None,
+        slots: tuple[bytes, ...],
+    ) -> bool:
+        """Write other wrapped keys and recovery slots into the identity; durable on return.
+
+        False when the image is not open any more.
+
+        Raises:
+            Busy: the identity is not the one that was asked about.
+            ReadOnly: the image is open for reading.
+        """
+        async with self.exclusive:
+            if self.image is None:
+                return False
+            known = self.opened.identity
+            if known.generation != generation:
+                raise Busy(self.path, "its identity was changed meanwhile: try again")
+            wanted = replace(
+                known,
+                wrapped_keys=known.wrapped_keys if wrapped is None else wrapped,
+                recovery_slots=slots,
+            )
+            steps = self.opened.rewrite_identity_steps(wanted, self._image_key)
+            await self._workers.drive(steps)
+        return True
 
     async def seek(self, offset: int, whence: int) -> int | None:
         """Return the next data or hole (os.SEEK_DATA, os.SEEK_HOLE); None past the last."""

@@ -27,12 +27,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from sealfs.errors import AlreadyExists, FormatError, SealfsError
+from sealfs.errors import AlreadyExists, SealfsError
 from sealfs.image.format import Anchor, Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import geometry_for
 from sealfs.image.recovery import peek, read_identity
 from sealfs.image.storage import FileStorage
+from sealfs.keys.rotation import making_image
 from sealfs.keys.vmkey import NewImageKey, wipe
 from sealfs.mount import names
 from sealfs.mount.disk import Opened
@@ -222,7 +223,7 @@ class Opener:
         if os.path.lexists(path):
             raise AlreadyExists(path, "exists")
         temporary = path.parent / f".{uuid.uuid4().hex}.new"  # see `sweep`
-        with self._lock:
+        with self._lock, making_image(self.keys, path, vm_id):
             for entry in self.keys.registry.entries():
                 other = Path(entry.path)
                 is_same = other.parent == path.parent and (
@@ -306,11 +307,8 @@ class Opener:
             storage.close()
 
     def _image_key(self, path: Path, identity: Identity) -> bytearray:
-        wanted = identity.key_generation
-        for generation, wrapped in identity.wrapped_keys:
-            if generation == wanted:
-                return self.keys.image_key(identity.kmi, identity.vm_id, identity.uuid, wrapped)
-        raise FormatError(path, f"identity has no image key of generation {wanted}")
+        wrapped = identity.wrapped_key(str(path))
+        return self.keys.image_key(identity.kmi, identity.vm_id, identity.uuid, wrapped)
 
     def _remember(self, path: Path, vm_id: str) -> None:
         if len(self._vm_ids) >= _HINTS_MAX:

@@ -5,6 +5,7 @@ Concurrency: each verb is a task of the trio thread, and may run beside any othe
 
 from __future__ import annotations
 
+import base64
 import os
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class ImageVerbs:
             "close": self.close,
             "resize": self.resize,
             "check": self.check,
+            "rewrite-identity": self.rewrite_identity,
         }
 
     async def status(self, request: Document) -> Document:
@@ -104,6 +106,27 @@ class ImageVerbs:
             "checked": part.size,
             "next": part.next_group,
         }
+
+    async def rewrite_identity(self, request: Document) -> Document:
+        """Give one image that is open here other wrapped keys and recovery slots.
+
+        Durable when answered; `done` is False where the image is not open here. The keys are
+        wrapped: this process learns no VM key by it. None of them: they stay.
+        """
+        disk = next((d for d in self._disks.all() if str(d.path) == request.get("path")), None)
+        if disk is None:
+            return {"done": False}
+        try:
+            generation = int(request["generation"])
+            given = request["wrapped_keys"]
+            wrapped = None
+            if given is not None:
+                wrapped = tuple((int(at), base64.b64decode(raw)) for at, raw in given)
+            slots = [base64.b64decode(raw) for raw in request["recovery_slots"]]
+        except (KeyError, ValueError, TypeError):
+            raise UsageError("rewrite-identity", "expected wrapped keys and slots") from None
+        done = await disk.rewrite_identity(generation, wrapped, tuple(slots))
+        return {"done": done}
 
     def _is_meant(self, request: Document, path: str) -> bool:
         """Whether a request without a path, or with this one in either of its views, means it."""

@@ -78,11 +78,9 @@ class image_keys:
         storage = sealed.peek_storage(self._path)
         identity = read_identity(storage)
         storage.close()
-        with (
-            KeyService.open(Path(os.environ["SEALFS_STATE"])) as keys,
-            keys.unseal(identity.kmi, identity.vm_id) as vm_key,
-        ):
-            image_key = vm_key.unwrap_image_key(identity.uuid, identity.wrapped_keys[0][1])
+        with KeyService.open(Path(os.environ["SEALFS_STATE"])) as keys:
+            wrapped = identity.wrapped_keys[0][1]
+            image_key = keys.image_key(identity.kmi, identity.vm_id, identity.uuid, wrapped)
         return Subkeys.derive(image_key, identity.uuid, identity.key_generation)
 
     def __exit__(self, *_: object) -> None:
@@ -107,11 +105,8 @@ def place_of_page(path: Path, index: int, *, is_node: bool) -> int:
 def opened(path: Path) -> Iterator[Volume]:
     storage = sealed.peek_storage(path)
     identity = read_identity(storage)
-    with (
-        KeyService.open(Path(os.environ["SEALFS_STATE"])) as keys,
-        keys.unseal(identity.kmi, identity.vm_id) as vm_key,
-    ):
-        image = sealed.open_with(storage, identity, vm_key, None)
+    with KeyService.open(Path(os.environ["SEALFS_STATE"])) as keys:
+        image = sealed.open_with(storage, identity, keys, None)
     yield image._volume
     image.abandon()
 
