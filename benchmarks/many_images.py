@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from run import HERE, SEALFS, environment, run
+from machine import HERE, SEALFS, environment, run
 
 MIB = 1 << 20
 
