@@ -65,7 +65,7 @@ def measure(count: int, written: int, scratch: Path) -> dict[str, float]:
     state, images, plain = (scratch / name for name in ("state", "images", "plain"))
     images.mkdir()
     plain.mkdir()
-    base = [SEALFS, "--state", state]
+    base: list[str | Path] = [SEALFS, "--state", state]
     run(*base, "init", "--tpm", "swtpm", "--no-recovery")
     for index in range(count):
         path = images / f"disk{index}.sealed"

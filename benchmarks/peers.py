@@ -63,7 +63,7 @@ def _sizes(size: int) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _daemon(
+def daemon(
     command: Sequence[str | Path],
     mountpoint: Path,
     log: Path,
@@ -164,7 +164,7 @@ def sealfs(scratch: Path, size: int) -> Iterator[Side]:
         if found is not None and found.call("close")["in_use"]:
             raise Failed("sealfs: its disks are in use, so their cache cannot be emptied")
 
-    with _daemon(
+    with daemon(
         [*base, "mount", sealed, plain, "--foreground"],
         plain,
         scratch / "log",
@@ -183,7 +183,7 @@ def gocryptfs(scratch: Path, size: int) -> Iterator[Side]:
     password.write_text(PASSWORD + "\n")
     run("gocryptfs", "-q", "-init", "-passfile", password, cipher)
     command = ("gocryptfs", "-q", "-fg", "-passfile", password, cipher, plain)
-    with _daemon(command, plain, scratch / "log") as pid:
+    with daemon(command, plain, scratch / "log") as pid:
         _make_disks(plain, size)
         yield Side("gocryptfs", plain, pid, version_of("gocryptfs", "-version"))
 
@@ -208,8 +208,8 @@ def luks(scratch: Path, size: int) -> Iterator[Side]:
 
         def start() -> int:
             log = scratch / "log"
-            daemon = _daemon(command, plain, log, places=places, unmount=_by_pid)
-            return running.enter_context(daemon)
+            process = daemon(command, plain, log, places=places, unmount=_by_pid)
+            return running.enter_context(process)
 
         def renew(size: int) -> None:
             """Its export takes no truncate (QEMU 7.2: EOPNOTSUPP): a new container instead."""
@@ -244,7 +244,7 @@ def encfs(scratch: Path, size: int) -> Iterator[Side]:
     """The `--standard` configuration: no MAC for blocks."""
     cipher, plain = _directories(scratch, "cipher", "plain")
     command = ("encfs", "-f", "--standard", "--stdinpass", cipher, plain)
-    with _daemon(command, plain, scratch / "log", answers=PASSWORD + "\n") as pid:
+    with daemon(command, plain, scratch / "log", answers=PASSWORD + "\n") as pid:
         _make_disks(plain, size)
         yield Side("encfs", plain, pid, f"{version_of('encfs', '--version')}, --standard")
 
@@ -258,7 +258,7 @@ def cryfs(scratch: Path, size: int) -> Iterator[Side]:
         "CRYFS_NO_UPDATE_CHECK": "true",
         "HOME": str(home),
     }
-    with _daemon(
+    with daemon(
         ("cryfs", "-f", cipher, plain),
         plain,
         scratch / "log",
@@ -287,7 +287,7 @@ def null(scratch: Path, size: int) -> Iterator[Side]:
         PYTHON, "-m", "tests.mount_support", source, mounted, "--state", scratch / "state",
         "--run-dir", scratch / "run", "--log", scratch / "lane.log", "--fake", str(size),
     )  # fmt: skip
-    with _daemon(command, mounted, scratch / "log") as pid:
+    with daemon(command, mounted, scratch / "log") as pid:
         wait_for(lambda: (mounted / DISKS[0]).exists(), "the null lane")
         about = "lane over memory, nothing sealed, nothing durable"
         # Memory that was used stays: it is never empty again.

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+from growth import CURVES, Point, excess, percentiles, table, verdicts
 from rows import BEST, ROWS, SIDES, Goal, Row, best_peer, judge, reached
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +66,35 @@ def test_what_was_not_measured_is_not_called_reached() -> None:
     assert reached(READ, READ.must, runs | {"plain": [100.0]}) == "no"
     assert reached(READ, READ.must, runs | {"plain": [10.0]}) == "yes"
     assert reached(READ, READ.must, {}) == "not judged"
+
+
+def points(*values: tuple[float, float]) -> list[Point]:
+    return [Point(used, used, {"open, s": cost}) for used, cost in values]
+
+
+def test_growth_is_compared_with_what_is_in_use() -> None:
+    assert excess(points((1, 0.1), (10, 0.1)), "open, s") == (1.0, 1.0)
+    assert excess(points((1, 0.1), (10, 0.5)), "open, s") == (1.0, 5.0)
+    assert excess(points((1, 0.1), (10, 3.0)), "open, s") == pytest.approx((3.0, 30.0))
+    # The worst point counts, not the last one.
+    assert excess(points((1, 0.1), (2, 1.0), (10, 1.0)), "open, s")[0] == pytest.approx(5.0)
+
+
+def test_the_verdict_names_what_outgrows() -> None:
+    size = CURVES["size"]
+    assert verdicts(size, points((1, 0.1), (10, 0.15)))[0].startswith("open, s: x1.50: flat beside")
+    assert verdicts(size, points((1, 0.1), (10, 0.5)))[0].startswith("open, s: x5.00: within")
+    assert verdicts(size, points((1, 0.1), (10, 0.5)))[-1].endswith(
+        "nothing outgrows the bytes on the storage"
+    )
+    assert verdicts(size, points((1, 0.1), (2, 9.0)))[-1].endswith("outgrown by open, s")
+    assert "not judged" in verdicts(size, points((1, 0.1)))[0]
+    assert table(size, points((1, 0.1), (2, 9.0)))[-1] == "| open, s | 0.1 | 9 |"
+
+
+def test_percentiles_are_of_what_came() -> None:
+    found = percentiles({"read": [i / 1000 for i in range(1000)], "write": []})
+    assert found == {"read p50, ms": 500.0, "read p99, ms": 990.0, "read p99.9, ms": 999.0}
 
 
 @pytest.mark.fuse
