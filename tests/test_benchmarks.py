@@ -40,6 +40,14 @@ def test_a_write_row_counts_its_last_fsync() -> None:
             assert "end_fsync=1" in lines, path
 
 
+def test_no_run_meets_the_blocks_that_the_one_before_left_in_a_cache() -> None:
+    for path in (ROOT / "benchmarks" / "jobs").glob("*.fio"):
+        text = path.read_text()
+        if "rw=rand" in text:
+            # fio ignores the seed while randrepeat, its default, is on.
+            assert "randrepeat=0\nrandseed=${SEED}\n" in text, path
+
+
 def test_the_best_peer_encrypts() -> None:
     runs = {"gocryptfs": [3.0, 1.0, 2.0], "luks": [2.5], "plain": [90.0], "null": [99.0]}
     assert best_peer(READ, runs) == "luks"
