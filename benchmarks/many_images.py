@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from run import HERE, SEALFS, environment, run
+from machine import HERE, SEALFS, environment, run
 
 MIB = 1 << 20
 
@@ -65,7 +65,7 @@ def measure(count: int, written: int, scratch: Path) -> dict[str, float]:
     state, images, plain = (scratch / name for name in ("state", "images", "plain"))
     images.mkdir()
     plain.mkdir()
-    base = [SEALFS, "--state", state]
+    base: list[str | Path] = [SEALFS, "--state", state]
     run(*base, "init", "--tpm", "swtpm", "--no-recovery")
     for index in range(count):
         path = images / f"disk{index}.sealed"

@@ -132,3 +132,32 @@ def test_two_imports_of_one_name_do_not_meet(host: Path, disks: Path) -> None:
     assert second.returncode == 9
     assert "being written by another sealfs command" in second.stderr
     sealfs(host, "check", "--data", "web1.sealed")
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_bench_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [BINARIES / "sealfs", "bench", ".", "--size", "16M", "--seconds", "100"],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        end = time.monotonic() + DEADLINE
+        # It is mounted, and the first row is being measured.
+        while not any(path.stat().st_blocks for path in tmp_path.glob(".sealfs-bench-*/mount/d*")):
+            assert process.poll() is None, "it ended before it could be cut short"
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + number
+    assert errors == "sealfs: error: interrupted; nothing half-made was left behind\n"
+    assert list(tmp_path.iterdir()) == []
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()

@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "policy": ("policy", "Signed policies: states that an offline key approves."),
     "audit": ("audit", "Show or verify the log of what was done with the keys."),
     "keyd": ("keyd", "Hold the keys for mounts, in a process of its own."),
+    "bench": ("bench", "Measure what encryption costs on your storage."),
     "doctor": ("doctor", "Say what this host can do, and what to mend."),
 }
 """Command -> (module of this package, its line in `--help`)."""

@@ -106,6 +106,12 @@ def size_text(size: int | None) -> str:
     return f"{number}{unit}" if unit else str(size)
 
 
+def passing(text: str) -> None:
+    """Show what is being done, on a terminal only, in place of what was shown before."""
+    if sys.stderr and sys.stderr.isatty():
+        print(f"\r\x1b[K{printable(text)}", end="", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Advance]:
     """Show a bar with rate and time left while the block runs, on a terminal only."""

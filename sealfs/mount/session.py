@@ -240,6 +240,8 @@ class Session:
             "is_mounted": self.is_mounted(),
             "options": self._options.describe(),
             "dirty": self._cache.dirty_size,
+            "clean": self._cache.clean_size,
+            "cache_hits": self._cache.hits,
             "nodes": self._namespace.node_count,
             "requests": dict(self._lane.served) if self._lane is not None else {},
         }
