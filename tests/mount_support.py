@@ -195,6 +195,9 @@ class FakeImage:
         self._view[offset : offset + len(data)] = data
         return True
 
+    def cold_read(self, offset: int, size: int) -> Any:
+        return None
+
     def read_steps(self, offset: int, size: int) -> Any:
         return (yield lambda: bytes(self._view[offset : min(offset + size, self.size)]))
 

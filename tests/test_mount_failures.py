@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import random
 import shutil
@@ -270,6 +271,80 @@ def test_opening_again_and_again_keeps_no_memory(source: Path) -> None:
             call(control, "close")
             sizes.append(resident())
         assert sizes[-1] < sizes[4] + (32 << 20), sizes
+
+
+def drop_page_cache(path: Path) -> None:
+    """Have the kernel forget the ciphertext it has in memory."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_blocks_that_are_in_no_memory_are_read_by_many_at_once(source: Path) -> None:
+    """Workers answer them; meanwhile others write, and one block is damaged."""
+    count, sealed = 4096, source / "good.raw.sealed"
+    with mounted(source, source.parent / "mnt", options="cache=4M") as mount:
+        path = mount.mountpoint / "good.raw"
+        content = random.Random(7).randbytes(count * BLOCK_SIZE)
+        path.write_bytes(content)
+        (control,) = mount.run_dir.glob("*.sock")
+        call(control, "flush")
+        drop_page_cache(sealed)
+        wrong: list[int] = []
+
+        def read_all(seed: int) -> None:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            buffer = mmap.mmap(-1, BLOCK_SIZE)
+            for block in random.Random(seed).sample(range(count), count):
+                os.preadv(fd, [buffer], block * BLOCK_SIZE)
+                if buffer[:] != content[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE]:
+                    wrong.append(block)
+            buffer.close()
+            os.close(fd)
+
+        readers = [threading.Thread(target=read_all, args=(seed,)) for seed in range(8)]
+        for reader in readers:
+            reader.start()
+        fd = os.open(path, os.O_WRONLY | os.O_DIRECT)
+        page = mmap.mmap(-1, BLOCK_SIZE)
+        for round_ in range(6):  # the same content again: new ciphertext under old entries
+            for block in range(round_, count, 37):
+                page[:] = content[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE]
+                os.pwritev(fd, [page], block * BLOCK_SIZE)
+            os.fsync(fd)
+            drop_page_cache(sealed)
+        os.close(fd)
+        for reader in readers:
+            reader.join()
+        assert wrong == []
+        assert "ERROR" not in mount.log_text().upper()
+
+
+def test_a_damaged_block_that_is_in_no_memory_is_an_error_and_its_neighbours_are_not(
+    source: Path,
+) -> None:
+    sealed = source / "good.raw.sealed"
+    content = random.Random(8).randbytes(64 * BLOCK_SIZE)
+    with mounted(source, source.parent / "mnt") as mount:
+        (mount.mountpoint / "good.raw").write_bytes(content)
+    raw = bytearray(sealed.read_bytes())
+    image = open_offline(source.parent / "state", sealed)
+    home = image._volume.geometry.block_offset(image._volume.tree.slot_of(0), 33)
+    image.abandon()
+    raw[home + 5] ^= 1
+    sealed.write_bytes(raw)
+    with mounted(source, source.parent / "mnt", options="cache=4M") as mount:
+        fd = os.open(mount.mountpoint / "good.raw", os.O_RDONLY | os.O_DIRECT)
+        page = mmap.mmap(-1, BLOCK_SIZE)
+        os.preadv(fd, [page], 0)  # the leaf page is in memory from here on
+        drop_page_cache(sealed)
+        for block in (32, 34):
+            os.preadv(fd, [page], block * BLOCK_SIZE)
+            assert page[:] == content[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE]
+        with pytest.raises(OSError, match="Input/output error"):
+            os.preadv(fd, [page], 33 * BLOCK_SIZE)
+        os.close(fd)
+        assert "block=33" in mount.log_text()
 
 
 def test_unmount_returns_when_the_images_are_clean(source: Path) -> None:

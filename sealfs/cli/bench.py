@@ -24,6 +24,7 @@ from sealfs.cli.arguments import SIZE
 from sealfs.cli.errors import warn
 from sealfs.cli.interrupts import shielded
 from sealfs.cli.load import WORKLOADS, Rate, Workload
+from sealfs.cli.newkey import NewKey
 from sealfs.cli.output import passing, print_json, print_table, size_text
 from sealfs.cli.sealed import SUFFIX
 from sealfs.cli.sealing import NewImage, make
@@ -146,7 +147,9 @@ def _made(directory: Path, size: int) -> Iterator[Place]:
         KeyService.initialise(state, tpm="swtpm", recovery_to=None, no_recovery=True)
         behind = images / f"disk{SUFFIX}"
         with Settings(state=state).keys() as keys:
-            make(keys, state, NewImage(behind, size, "bench", "", "vm-id", Protection()), None)
+            key = NewKey("vm-id", Protection(), "mixed", None, "tpm")
+            wanted = NewImage(path=behind, size=size, vm_id="bench", label="", key=key)
+            make(keys, state, wanted, None)
         with _mounted(state, images, mountpoint, size, top / "log"):
             yield Place(top / "plain", mountpoint / "disk", behind)
     finally:

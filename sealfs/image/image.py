@@ -32,7 +32,7 @@ from sealfs.image.layout import (
     group_runs,
 )
 from sealfs.image.plan import Buffer
-from sealfs.image.reader import ATTEMPTS_MAX, Reader
+from sealfs.image.reader import ATTEMPTS_MAX, ColdBlock, Reader
 from sealfs.image.recovery import Witness
 from sealfs.image.steps import Steps, run
 from sealfs.image.storage import Storage, execute
@@ -239,6 +239,20 @@ class SealedImage:
             return out
         start = offset - first * BLOCK_SIZE
         return memoryview(out)[start : start + end - offset]
+
+    def cold_read(self, offset: int, size: int) -> ColdBlock | None:
+        """Return a read of one block as a thing to be done in a worker, after `try_read`.
+
+        None where only `read_steps` will do. As long as it is under way the image stays open.
+        """
+        if size != BLOCK_SIZE or offset % BLOCK_SIZE or offset + size > self.size:
+            return None
+        return self._reader.cold_block(offset // BLOCK_SIZE)
+
+    def keep_cold(self, cold: ColdBlock, content: bytearray) -> None:
+        """Keep a block that was read so, unless the image was opened anew or written since."""
+        if cold.reader is self._reader and not self._is_closed:
+            self._reader.keep_cold(cold, content)
 
     def read_steps(self, offset: int, size: int) -> Steps[Buffer]:
         """Return the bytes from `offset` on, fewer than `size` only at the end of the disk.

@@ -8,9 +8,10 @@ so such a read fails, is found outdated, and is repeated: never wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
-from sealfs.errors import BlockDamaged
+from sealfs.errors import BlockDamaged, SealfsError
 from sealfs.image.cache import ImageCache
 from sealfs.image.cipher import TAG_SIZE
 from sealfs.image.format import ENTRY_PARTS
@@ -30,6 +31,17 @@ _ZERO_BLOCK = bytes(BLOCK_SIZE)
 
 Piece = tuple[int, int, int, int, int, bytes | None, tuple[int, int, bytes]]
 """(position in the answer, group, index, count, slot, entries or None, leaf source)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColdBlock:
+    """A present block that is to be read from the disk, as it stood when it was asked for."""
+
+    reader: Reader
+    block: int
+    offset: int
+    entry: bytes
+    version: int
 
 
 class Reader:
@@ -90,6 +102,39 @@ class Reader:
             return None  # blocks_steps tells damage from a commit that came between
         cache.put_clean(block, content)
         return content
+
+    def cold_block(self, block: int) -> ColdBlock | None:
+        """Return what a worker needs to read one block, after `try_block` could not.
+
+        None where more than the block itself is to be read, or nothing at all.
+        """
+        group, index = divmod(block, self._group_blocks)
+        leaf = self._leaves.get(group)
+        if leaf is None or self._volume.inline or self._cache.newest(block) is not None:
+            return None
+        entry = bytes(leaf[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE])
+        if not entry[28]:
+            return None
+        offset = self._first_home + self._tree.slot_of(group) * self._slot_size + index * BLOCK_SIZE
+        return ColdBlock(self, block, offset, entry, self.version)
+
+    def fetch_cold(self, cold: ColdBlock) -> bytearray | None:
+        """Read and open a block, in any thread; None where the usual way is to be gone.
+
+        A commit may have come between: then the old entry does not open what is there now.
+        """
+        content = bytearray(BLOCK_SIZE)
+        try:
+            self._storage.read_into(cold.offset, content)
+            self._cipher.open_blocks(cold.block, memoryview(content), cold.entry)
+        except SealfsError:
+            return None
+        return content
+
+    def keep_cold(self, cold: ColdBlock, content: bytearray) -> None:
+        """Keep a block that was fetched, unless something was written since; owner's thread."""
+        if cold.version == self.version:
+            self._cache.put_clean(cold.block, bytes(content))
 
     def try_blocks(self, first: int, count: int) -> bytearray | None:
         """Return whole blocks if that needs no waiting for the disk, else None."""

@@ -7,7 +7,8 @@ what cannot be parsed goes on to pyfuse3. Knows images only through `Disk` and `
 Concurrency: one task, `run`, reads the device and never waits for a disk: it answers at once what
 `try_read` and `try_write` can, and starts a task for whatever would wait. The receive buffer
 belongs to `run` and is overwritten by the next read, so data for a task is copied. Answers are
-written by `run` and by the tasks; each write to the device is one whole answer. `run` lets the
+written by `run`, by the tasks, and by workers that read a block that was not in memory; each write
+to the device is one whole answer. `run` lets the
 other tasks of the mount run every `YIELD_EVERY` requests, and at once when it started one.
 """
 
@@ -20,11 +21,15 @@ import mmap
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
+from sealfs.image.layout import BLOCK_SIZE
 from sealfs.image.plan import Buffer
+from sealfs.image.reader import ColdBlock
 from sealfs.mount import protocol
 from sealfs.mount.disk import Disk
 from sealfs.mount.driver import Disks
@@ -94,16 +99,28 @@ class Lane:
         self._poll = select.poll()
         for fd in (device_fd, relay.fileno(), disks.workers.wake_fd):
             self._poll.register(fd, select.POLLIN)
-        self.served: dict[str, int] = {"read": 0, "write": 0, "waited": 0, "passed_on": 0}
+        self._fetched: deque[tuple[int, Disk, ColdBlock, bytearray | None]] = deque()
+        """What workers have read and answered, or could not; appended to by them."""
+        self._cold_count = 0  # reads that workers have, or that wait to be settled
+        self._is_ending = False
+        self.served = dict.fromkeys(("read", "write", "cold", "waited", "passed_on"), 0)
 
     async def run(self) -> None:
         """Serve until the file system is unmounted."""
+        self._token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
                 await self._loop()
             except DeviceGone:
                 log.debug("unmounted: %s", self.served)
+            finally:
+                # Images are closed next: no worker may be reading one.
+                self._is_ending = True
+                with trio.CancelScope(shield=True):
+                    while self._cold_count:
+                        await trio.sleep(0.001)
+                        self._settle_cold()
 
     async def _loop(self) -> None:
         fd, buffers, unpack = self._fd, [self._view], IN_START.unpack_from
@@ -128,6 +145,8 @@ class Lane:
                     raise DeviceGone
                 log.error("a request of %d bytes is shorter than its header", count)
                 continue
+            if self._fetched:
+                self._settle_cold()
             length, opcode, unique = unpack(buffer)
             try:
                 if length != count:
@@ -202,7 +221,14 @@ class Lane:
                 self._fail(unique, disk, exc)
                 return
             if data is None:
-                self._start(unique, disk, self._read_slowly, disk, offset, size)
+                cold = disk.opened.cold_read(offset, size)
+                if cold is None:
+                    self._start(unique, disk, self._read_slowly, disk, offset, size)
+                else:
+                    self.served["cold"] += 1
+                    self._cold_count += 1
+                    self._disks.workers.busy_count += 1
+                    self._disks.workers.post(partial(self._read_cold, unique, disk, cold))
             elif data:
                 try:
                     os.writev(self._fd, (_pack(BODY_OUT + len(data), 0, unique), data))
@@ -210,6 +236,37 @@ class Lane:
                     _not_taken(exc)
             else:
                 self._answer_error(unique, 0)
+
+    def _read_cold(self, unique: int, disk: Disk, cold: ColdBlock) -> None:
+        """Read a block and answer, in a worker: no task, and nobody to be woken."""
+        try:
+            content = cold.reader.fetch_cold(cold)
+            if content is not None:
+                try:
+                    os.writev(self._fd, (_pack(BODY_OUT + BLOCK_SIZE, 0, unique), content))
+                except OSError as exc:
+                    _not_taken(exc)
+        except Exception:
+            log.exception("a read failed")
+            content = None
+        self._fetched.append((unique, disk, cold, content))
+        if content is None:
+            self._token.run_sync_soon(self._settle_cold)
+
+    def _settle_cold(self) -> None:
+        """Keep what workers have read, and start again what they could not."""
+        while self._fetched:
+            unique, disk, cold, content = self._fetched.popleft()
+            self._cold_count -= 1
+            self._disks.workers.busy_count -= 1
+            if content is not None:
+                if disk.image is not None:
+                    disk.image.keep_cold(cold, content)
+            elif self._is_ending:
+                self._answer_error(unique, errno.EIO)
+            else:
+                at = cold.block * BLOCK_SIZE
+                self._start(unique, disk, self._read_slowly, disk, at, BLOCK_SIZE)
 
     async def _read_slowly(self, disk: Disk, offset: int, size: int) -> Buffer:
         data: Buffer = await self._disks.workers.drive(disk.opened.read_steps(offset, size))

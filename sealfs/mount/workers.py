@@ -36,7 +36,7 @@ class Workers:
 
     def __init__(self, count: int = WORKER_COUNT) -> None:
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._queue: SimpleQueue[tuple[Work, trio.lowlevel.Task] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Work, trio.lowlevel.Task | None] | None] = SimpleQueue()
         self._done: deque[tuple[trio.lowlevel.Task, outcome.Outcome[Any]]] = deque()
         self._signalled = False
         self.busy_count = 0
@@ -57,6 +57,10 @@ class Workers:
         finally:
             self.busy_count -= 1
         return result
+
+    def post(self, work: Work) -> None:
+        """Have `work` done in a thread; it tells nobody and raises nothing."""
+        self._queue.put((work, None))
 
     async def drive(self, steps: Steps[T]) -> T:
         """Run a steps generator to its end and return its result.
@@ -98,6 +102,10 @@ class Workers:
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
             work, task = job
+            if task is None:
+                work()
+                del work, job
+                continue
             result: outcome.Outcome[Any] = outcome.capture(work)
             # Let go of the work's buffers and keys now, not when the next work arrives.
             del work, job
