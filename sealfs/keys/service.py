@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from sealfs.errors import (
     AlreadyExists,
@@ -45,6 +45,9 @@ from sealfs.keys.slots import Slots
 from sealfs.keys.statedir import LEDGER_FILE, ImageLock
 from sealfs.keys.vault import Vault
 from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey
+
+if TYPE_CHECKING:
+    from sealfs.keys.tpm import Tpm
 
 SlotKind = Literal["tpm", "software"]
 
@@ -185,8 +188,7 @@ class KeyService:
 
     def random(self, size: int) -> bytes:
         """Return random bytes, HKDF over the TPM's and the kernel's."""
-        with self._host.tpm() as tpm:
-            return bytes(mixed_random(tpm, size))
+        return self._host.use(lambda tpm: bytes(mixed_random(tpm, size)))
 
     def create(
         self,
@@ -313,8 +315,7 @@ class KeyService:
 
     def pcr_values(self, pcrs: Sequence[int]) -> tuple[bytes, ...]:
         """Return the SHA-256 values of PCRs, ascending, as this host's TPM has them now."""
-        with self._host.tpm() as tpm:
-            return tpm.pcr_values(policy.check_pcrs(pcrs))
+        return self._host.use(lambda tpm: tpm.pcr_values(policy.check_pcrs(pcrs)))
 
     def image_key(self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes) -> bytearray:
         """Return the key of one image, which the caller wipes; all that a console needs (C4).
@@ -442,6 +443,8 @@ class KeyService:
 
     def _test(self, kmi: str, pin: bytearray | None) -> list[SlotReport]:
         record = self._vault.read_known(kmi)
+        if pin is None:
+            return self._host.use(lambda tpm: trial.trial(self._vault, record, tpm, None))
         with self._host.tpm() as tpm:
             return trial.trial(self._vault, record, tpm, pin)
 
@@ -468,13 +471,9 @@ class KeyService:
             if record is not None:
                 # While the key is changed, images are made under the one to come.
                 record = self._vault.read_pending(record.kmi) or record
-                kept = self._opening.kept(record)
-                if kept is not None:
-                    return kept, False
-                self._vault.check_pin(record, wanted.pin)
-            with self._host.tpm_under(held) as tpm:
-                if record is not None:
-                    return self._vault.open_record(record, tpm, wanted.pin), False
+                return self._opening.open(record, wanted.pin, held), False
+
+            def make(tpm: Tpm) -> VmKey:
                 kmi = origins.new_kmi(kind, vm_id, tpm)
                 raw_key = origins.raw_key(origin, handed_in, tpm)
                 key = VmKey(raw_key, vm_id=vm_id, kmi=kmi, recovery_slots=())
@@ -492,4 +491,6 @@ class KeyService:
                 except BaseException:
                     key.wipe()
                     raise
-                return key, True
+                return key
+
+            return self._host.use(make, held), True
