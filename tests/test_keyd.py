@@ -240,7 +240,9 @@ def said_by(pid: int) -> bytes:
     """What /proc tells about a process, its memory left out."""
     names = ("cmdline", "environ", "comm", "status", "maps", "stat")
     found = [Path(f"/proc/{pid}/{name}").read_bytes() for name in names]
-    found += [os.fsencode(os.readlink(file)) for file in Path(f"/proc/{pid}/fd").iterdir()]
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.fsencode(os.readlink(file)))
     return b"\n".join(found)
 
 

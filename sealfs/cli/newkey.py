@@ -17,9 +17,10 @@ from sealfs.keys.records import VM_KEY_SIZE, PolicyKind
 from sealfs.keys.vmkey import VmKey, wipe
 
 if TYPE_CHECKING:
+    from sealfs.keys.making import SlotKind
     from sealfs.keys.origins import KeyOrigin, KmiKind
     from sealfs.keys.protection import Protection
-    from sealfs.keys.service import KeyService, SlotKind
+    from sealfs.keys.service import KeyService
 
 STDIN = "-"
 

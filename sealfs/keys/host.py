@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from sealfs.errors import HostNotInitialised
-from sealfs.keys import labels
+from sealfs.errors import HostNotInitialised, TpmUnavailable
+from sealfs.keys import labels, tpm_errors
 from sealfs.keys.access import TpmAccess, access_of
 from sealfs.keys.hostrecord import (
     HOST_SIZE_MAX,
@@ -34,6 +35,10 @@ from sealfs.keys.vmkey import derived, wipe
 if TYPE_CHECKING:
     from sealfs.keys.tpm import Tpm
 
+T = TypeVar("T")
+
+REOPEN_WAIT_S: Final = 0.3
+"""Before a TPM whose connection broke is asked again: systemd restarts a service after 0.1 s."""
 RANDOM_SIZE_MAX: Final = 1024
 RANDOM_INPUT_SIZE: Final = 64
 
@@ -96,6 +101,31 @@ class Host:
             self._unseal_secret(tpm)
             yield tpm
 
+    def use(self, work: Callable[[Tpm], T], held: HeldLock | None = None) -> T:
+        """Do `work` in one use of the TPM; once more where the connection broke meanwhile.
+
+        A software TPM or a resource manager that was restarted answers then. So `work` must do no
+        harm when it is done twice: it writes nothing, or last, and tries no PIN.
+
+        Args:
+            work: what is to be done.
+            held: the state lock, of somebody who holds it already.
+
+        Raises:
+            As `tpm_under`, and what `work` raises.
+        """
+        try:
+            return self._use(work, held)
+        except TpmUnavailable as error:
+            if error.code is None or not tpm_errors.is_context_dead(error.code):
+                raise
+        time.sleep(REOPEN_WAIT_S)
+        return self._use(work, held)
+
+    def _use(self, work: Callable[[Tpm], T], held: HeldLock | None) -> T:
+        with self.tpm() if held is None else self.tpm_under(held) as tpm:
+            return work(tpm)
+
     @contextlib.contextmanager
     def subkey(self, info: bytes) -> Iterator[bytearray]:
         """Lend a subkey of the host's MAC key. Not to be called while holding the state lock."""
@@ -106,8 +136,7 @@ class Host:
                 mac_key = None if self._secret is None else self._secret[:SECRET_SIZE]
             if mac_key is not None:
                 break
-            with self.tpm():
-                pass
+            self.use(lambda tpm: None)
         try:
             with derived(mac_key, info=info, salt=self.record.host_id) as subkey:
                 yield subkey
@@ -165,11 +194,18 @@ class HostCounter:
 
     def read(self, held: HeldLock) -> int:
         """Return the value (TPM2_NV_Read)."""
-        with self._host.tpm_under(held) as tpm, self._host.nv_authorisation() as auth:
-            return tpm.counter_value(self._host.record.nv_index, auth)
+
+        def value(tpm: Tpm) -> int:
+            with self._host.nv_authorisation() as auth:
+                return tpm.counter_value(self._host.record.nv_index, auth)
+
+        return self._host.use(value, held)
 
     def increment(self, held: HeldLock) -> None:
-        """Add one (TPM2_NV_Increment)."""
+        """Add one (TPM2_NV_Increment).
+
+        Never twice: a counter that is two ahead of the ledger is a rollback.
+        """
         with self._host.tpm_under(held) as tpm, self._host.nv_authorisation() as auth:
             tpm.counter_increment(self._host.record.nv_index, auth)
 

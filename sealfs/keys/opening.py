@@ -12,6 +12,7 @@ from sealfs.errors import PinNeeded
 from sealfs.keys.audit import AuditLog
 from sealfs.keys.host import Host
 from sealfs.keys.records import KeyRecord
+from sealfs.keys.statedir import HeldLock
 from sealfs.keys.unlocked import Unlocked
 from sealfs.keys.vault import Vault
 from sealfs.keys.vmkey import VmKey, wipe
@@ -97,13 +98,21 @@ class Opening:
             self._audit.record("key locked", vm=vm_id)
         return was_unlocked
 
-    def open(self, record: KeyRecord, pin: bytearray | None = None) -> VmKey:
-        """Return the key of a record, of a VM that is unlocked without asking the TPM."""
+    def open(
+        self, record: KeyRecord, pin: bytearray | None = None, held: HeldLock | None = None
+    ) -> VmKey:
+        """Return the key of a record, of a VM that is unlocked without asking the TPM.
+
+        `held` is the state lock, of somebody who holds it already.
+        """
         kept = self.kept(record)
         if kept is not None:
             return kept
         self._vault.check_pin(record, pin)
-        with self._host.tpm() as tpm:
+        if pin is None:
+            return self._host.use(lambda tpm: self._vault.open_record(record, tpm), held)
+        # Once: the TPM counts wrong ones.
+        with self._host.tpm() if held is None else self._host.tpm_under(held) as tpm:
             return self._vault.open_record(record, tpm, pin)
 
     def open_in(self, record: KeyRecord, tpm: Tpm, pin: bytearray | None = None) -> VmKey:

@@ -18,10 +18,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from sealfs.errors import (
-    AlreadyExists,
     FormatError,
     KeyRefused,
     KeyServiceError,
@@ -33,6 +32,7 @@ from sealfs.keys.audit import Actor, AuditLog
 from sealfs.keys.enrolment import HostId
 from sealfs.keys.host import Host, HostCounter, mixed_random
 from sealfs.keys.ledger import Ledger
+from sealfs.keys.making import Making, SlotKind
 from sealfs.keys.moving import Moving, host_id
 from sealfs.keys.opening import AskPin, Opening
 from sealfs.keys.origins import KeyOrigin, KmiKind
@@ -46,7 +46,8 @@ from sealfs.keys.statedir import LEDGER_FILE, ImageLock
 from sealfs.keys.vault import Vault
 from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey
 
-SlotKind = Literal["tpm", "software"]
+if TYPE_CHECKING:
+    pass
 
 
 class KeyService:
@@ -75,6 +76,7 @@ class KeyService:
         )
         self.audit = AuditLog(host.state, host.subkey, self.ledger, actor)
         self._opening = Opening(host, self._vault, self.audit)
+        self._making = Making(host, self._vault, self._opening)
         self._recovering = Recovering(host, self._vault, self._opening)
         self.moving = Moving(
             host, self._vault, self._opening, self._recovering, self.ledger, self.audit
@@ -185,8 +187,7 @@ class KeyService:
 
     def random(self, size: int) -> bytes:
         """Return random bytes, HKDF over the TPM's and the kernel's."""
-        with self._host.tpm() as tpm:
-            return bytes(mixed_random(tpm, size))
+        return self._host.use(lambda tpm: bytes(mixed_random(tpm, size)))
 
     def create(
         self,
@@ -224,7 +225,9 @@ class KeyService:
             raise UsageError(vm_id, "a software slot asks for nothing: PCRs, PIN and signer are "
                              "for a slot of the TPM")  # fmt: skip
         with self.audit.recorded("key made", vm=vm_id, origin=origin) as facts:
-            key, _ = self._make(vm_id, kmi, wanted, origin, handed_in, slot, is_existing_fine=False)
+            key, _ = self._making.key_of(
+                vm_id, kmi, wanted, origin, handed_in, slot, is_existing_fine=False
+            )
             facts["kmi"] = key.kmi
         return key
 
@@ -246,7 +249,9 @@ class KeyService:
         try:
             key, is_new = self._opening.asked(
                 vm_id,
-                lambda: self._make(vm_id, kmi, wanted, "mixed", None, "tpm", is_existing_fine=True),
+                lambda: self._making.key_of(
+                    vm_id, kmi, wanted, "mixed", None, "tpm", is_existing_fine=True
+                ),
             )
         except KeyServiceError as error:
             self.audit.failed("key made or used", error, vm=vm_id)
@@ -313,8 +318,7 @@ class KeyService:
 
     def pcr_values(self, pcrs: Sequence[int]) -> tuple[bytes, ...]:
         """Return the SHA-256 values of PCRs, ascending, as this host's TPM has them now."""
-        with self._host.tpm() as tpm:
-            return tpm.pcr_values(policy.check_pcrs(pcrs))
+        return self._host.use(lambda tpm: tpm.pcr_values(policy.check_pcrs(pcrs)))
 
     def image_key(self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes) -> bytearray:
         """Return the key of one image, which the caller wipes; all that a console needs (C4).
@@ -442,54 +446,7 @@ class KeyService:
 
     def _test(self, kmi: str, pin: bytearray | None) -> list[SlotReport]:
         record = self._vault.read_known(kmi)
+        if pin is None:
+            return self._host.use(lambda tpm: trial.trial(self._vault, record, tpm, None))
         with self._host.tpm() as tpm:
             return trial.trial(self._vault, record, tpm, pin)
-
-    # Inside
-
-    def _make(
-        self,
-        vm_id: str,
-        kind: KmiKind,
-        wanted: Protection,
-        origin: KeyOrigin,
-        handed_in: bytes | bytearray | None,
-        slot: SlotKind,
-        *,
-        is_existing_fine: bool,
-    ) -> tuple[VmKey, bool]:
-        """Return the key, and whether it was made."""
-        wire.check_identifier(vm_id, "VM id")
-        with self._state.lock() as held:
-            self._vault.check_not_gone(vm_id)
-            record = self._vault.record_of_vm(vm_id)
-            if record is not None and not is_existing_fine:
-                raise AlreadyExists(vm_id, "this VM has a key on this host already")
-            if record is not None:
-                # While the key is changed, images are made under the one to come.
-                record = self._vault.read_pending(record.kmi) or record
-                kept = self._opening.kept(record)
-                if kept is not None:
-                    return kept, False
-                self._vault.check_pin(record, wanted.pin)
-            with self._host.tpm_under(held) as tpm:
-                if record is not None:
-                    return self._vault.open_record(record, tpm, wanted.pin), False
-                kmi = origins.new_kmi(kind, vm_id, tpm)
-                raw_key = origins.raw_key(origin, handed_in, tpm)
-                key = VmKey(raw_key, vm_id=vm_id, kmi=kmi, recovery_slots=())
-                try:
-                    self._vault.add_own_recipient(key)
-                    is_software = slot == "software"
-                    self._vault.protect(
-                        key,
-                        origins.ORIGINS[origin],
-                        () if is_software else (wanted,),
-                        tpm,
-                        held,
-                        is_software=is_software,
-                    )
-                except BaseException:
-                    key.wipe()
-                    raise
-                return key, True

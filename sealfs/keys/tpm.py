@@ -292,17 +292,25 @@ class Tpm(TpmPolicies):
         about = self._subject if subject is None else subject
 
         def load() -> Any:
-            with self._session(TPM2_SE.HMAC) as session:
-                return self._secret(
-                    session,
-                    "load",
-                    self._storage_key,
-                    TPM2B_PRIVATE.unmarshal(sealed.private)[0],
-                    TPM2B_PUBLIC.unmarshal(sealed.public)[0],
-                )
+            try:
+                with self._session(TPM2_SE.HMAC) as session:
+                    return self._secret(
+                        session,
+                        "load",
+                        self._storage_key,
+                        TPM2B_PRIVATE.unmarshal(sealed.private)[0],
+                        TPM2B_PUBLIC.unmarshal(sealed.public)[0],
+                    )
+            except TSS2_Exception as error:
+                code = int(error.rc)
+                if tpm_errors.may_pass(code):
+                    raise
+                raise tpm_errors.error_of(code, Act.LOAD, about) from error
 
         def work() -> bytearray:
             kind = TPM2_SE.POLICY if pcrs or pin or approval else TPM2_SE.HMAC
+            # Loaded here: after a reset the TPM has neither object nor session any more.
+            handle = load()
             with self._loaded(handle), self._session(kind) as session:
                 # In the order of `policy.slot_policy`.
                 if approval is not None:
@@ -319,7 +327,6 @@ class Tpm(TpmPolicies):
 
         if pin:
             self._check_tries(about)
-        handle = self._run(Act.LOAD, load, about)
         try:
             return self._run(Act.PIN if pin else Act.UNSEAL, work, about)
         except WrongPin:

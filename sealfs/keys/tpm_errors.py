@@ -82,6 +82,11 @@ def is_context_dead(code: int) -> bool:
     return code >> 16 in (ESAPI_LAYER, TCTI_LAYER)
 
 
+def may_pass(code: int) -> bool:
+    """Whether the same call may do when it is made again, of what was just made anew."""
+    return is_context_dead(code) or normalised(code) in WAIT | STRAYS | LOST
+
+
 def error_of(code: int, act: Act, subject: object, cause: str | None = None) -> KeyServiceError:
     """Return the typed error for a return code.
 

@@ -32,6 +32,7 @@ from sealfs.errors import (
 )
 from sealfs.keys import labels, policy, records, recovery, reports, software, wire
 from sealfs.keys.access import EMBEDDED
+from sealfs.keys.gone import Gone
 from sealfs.keys.host import Host
 from sealfs.keys.hostrecord import RecoveryKind
 from sealfs.keys.pin import authorisation
@@ -39,8 +40,7 @@ from sealfs.keys.policies import Policies
 from sealfs.keys.protection import Protection
 from sealfs.keys.records import KeyRecord, Origin, PolicyKind, TpmSlot
 from sealfs.keys.signed import SignedPolicy
-from sealfs.keys.statedir import GONE_SUFFIX, HeldLock
-from sealfs.keys.tombstone import TOMBSTONE_SIZE_MAX, Tombstone
+from sealfs.keys.statedir import HeldLock
 from sealfs.keys.vmkey import VmKey, wipe
 
 if TYPE_CHECKING:
@@ -49,44 +49,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class Vault:
+class Vault(Gone):
     """The key records of one host."""
 
     def __init__(self, host: Host) -> None:
+        super().__init__(host.state)
         self._host = host
-        self._state = host.state
         self.policies = Policies(host)
 
     # Finding and reading
-
-    def tombstone(self, kmi: str) -> Tombstone | None:
-        """Return why a KMI has no key here any more, None where it was not taken away."""
-        raw = self._state.read(self._state.gone_file(kmi), TOMBSTONE_SIZE_MAX)
-        return None if raw is None else Tombstone.decode(raw, kmi)
-
-    def check_not_gone(self, vm_id: str) -> None:
-        """Refuse a VM whose key was moved or revoked, whatever its KMI.
-
-        Raises:
-            KeyGone: it was.
-        """
-        for stone in self.tombstones().values():
-            if stone.vm_id == vm_id:
-                raise stone.error(reports.time_text(stone.when))
-
-    def tombstones(self) -> dict[str, Tombstone]:
-        """Return the keys that were moved or revoked, by file."""
-        found = {}
-        for file in self._state.record_names(GONE_SUFFIX):
-            raw = self._state.read(file, TOMBSTONE_SIZE_MAX)
-            if raw is None:
-                continue
-            try:
-                found[file] = Tombstone.decode(raw, file)
-            except (FormatError, KeyRecordDamaged) as error:
-                # Its own VM is refused by `tombstone`; the others are not concerned.
-                _log.warning("skipping a key record: %s", error)
-        return found
 
     def record_of_vm(self, vm_id: str) -> KeyRecord | None:
         """Find a VM's record: under its own name, else among the opaque ones."""
