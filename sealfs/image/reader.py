@@ -33,15 +33,21 @@ Piece = tuple[int, int, int, int, int, bytes | None, tuple[int, int, bytes]]
 """(position in the answer, group, index, count, slot, entries or None, leaf source)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ColdBlock:
-    """A present block that is to be read from the disk, as it stood when it was asked for."""
+    """A block that is to be read from the disk, as it stood when it was asked for.
+
+    `entry` is None where the leaf page is to be read first, from `source`; it is in `loaded` then,
+    as `Tree.admit_leaf` wants it.
+    """
 
     reader: Reader
     block: int
     offset: int
-    entry: bytes
+    entry: bytes | None
+    source: tuple[int, int, bytes]
     version: int
+    loaded: tuple[int, bytes, int, bytes] | None = None
 
 
 class Reader:
@@ -109,14 +115,17 @@ class Reader:
         None where more than the block itself is to be read, or nothing at all.
         """
         group, index = divmod(block, self._group_blocks)
-        leaf = self._leaves.get(group)
-        if leaf is None or self._volume.inline or self._cache.newest(block) is not None:
+        node_index, i = divmod(group, self._fanout)
+        node = self._level1.get(node_index)
+        if node is None or not node.present[i] or self._volume.inline:
             return None
-        entry = bytes(leaf[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE])
-        if not entry[28]:
-            return None
-        offset = self._first_home + self._tree.slot_of(group) * self._slot_size + index * BLOCK_SIZE
-        return ColdBlock(self, block, offset, entry, self.version)
+        leaf, entry = self._leaves.get(group), None
+        if leaf is not None:
+            entry = bytes(leaf[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE])
+        slot = node.slots[i]
+        offset = self._first_home + slot * self._slot_size + index * BLOCK_SIZE
+        source = (slot, node.places[i], node.mac(i))
+        return ColdBlock(self, block, offset, entry, source, self.version)
 
     def fetch_cold(self, cold: ColdBlock) -> bytearray | None:
         """Read and open a block, in any thread; None where the usual way is to be gone.
@@ -125,6 +134,13 @@ class Reader:
         """
         content = bytearray(BLOCK_SIZE)
         try:
+            if cold.entry is None:
+                group, index = divmod(cold.block, self._group_blocks)
+                page, place = self._volume.read_leaf(group, cold.source)
+                cold.loaded = (group, page, place, cold.source[2])
+                cold.entry = page[index * ENTRY_SIZE : (index + 1) * ENTRY_SIZE]
+            if not cold.entry[28]:
+                return content  # a hole, and an authentic one
             self._storage.read_into(cold.offset, content)
             self._cipher.open_blocks(cold.block, memoryview(content), cold.entry)
         except SealfsError:
@@ -132,7 +148,9 @@ class Reader:
         return content
 
     def keep_cold(self, cold: ColdBlock, content: bytearray) -> None:
-        """Keep a block that was fetched, unless something was written since; owner's thread."""
+        """Keep what was fetched, unless something was written since; owner's thread."""
+        if cold.loaded is not None:
+            self._tree.admit_leaf(*cold.loaded)
         if cold.version == self.version:
             self._cache.put_clean(cold.block, bytes(content))
 
