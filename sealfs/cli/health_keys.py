@@ -36,7 +36,12 @@ def hardware(settings: Settings) -> Iterator[Health]:
                 f"{UNMANAGED_DEVICE} has no resource manager ({TPM_DEVICE}): one program a time",
             )
         else:
-            yield Health(NOTE, "tpm", "this host has no hardware TPM")
+            yield Health(
+                NOTE,
+                "tpm",
+                "this host has no hardware TPM; one needs: TPM 2.0 with a SHA-256 PCR bank, enabled "
+                f"in the firmware, the kernel's driver ({TPM_DEVICE}), an owner without a password",
+            )
         return
     if os.access(TPM_DEVICE, os.R_OK | os.W_OK):
         yield Health(OK, "tpm", f"{TPM_DEVICE} can be opened")

@@ -68,8 +68,9 @@ def show_key(settings: Settings, vm: str) -> None:
     """Show the key record of a VM. Nothing is unsealed."""
     with settings.keys() as keys:
         record = record_of(keys, vm)
+        last_use = keys.audit.last_use(record.kmi)
     if settings.json:
-        print_json(record.to_json())
+        print_json({**record.to_json(), "last_used": last_use})
         return
     slots = [
         (f"slot {index}", survey.slot_text(slot.to_json()))
@@ -81,6 +82,7 @@ def show_key(settings: Settings, vm: str) -> None:
             ("kmi", record.kmi),
             ("created", record.created),
             ("origin", record.origin),
+            ("last used", last_use or "not known"),
             ("record", str(settings.state / record.file)),
             *([("gone", record.gone)] if record.gone else []),
             *slots,

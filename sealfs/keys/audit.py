@@ -36,6 +36,7 @@ AUDIT_SIZE_MAX: Final = AUDIT_SIZE + (64 << 10)
 OLDER_MAX: Final = 9
 DETAIL_MAX: Final = 300
 OK: Final = "ok"
+USES: Final = ("key made", "key used", "key unlocked", "key recovered")
 _FIRST: Final = bytes(STATE_MAC_SIZE)
 _NOBODY: Final = 2**32 - 1
 
@@ -180,6 +181,17 @@ class AuditLog:
             if raw is not None:
                 for line_number, line in enumerate(raw.split(b"\n")[:-1], start=1):
                     yield name, line_number, _entry(line)
+
+    def last_use(self, kmi: str) -> str | None:
+        """Return when a key was given out last, as far as the log goes back; unverified."""
+        times = [
+            str(entry.get("time"))
+            for _, _, entry in self.entries()
+            if entry is not None
+            and (entry.get("kmi"), entry.get("outcome")) == (kmi, OK)
+            and entry.get("event") in USES
+        ]
+        return times[-1] if times else None
 
     def verify(self) -> tuple[int, list[str]]:
         """Return how many lines there are, and what is wrong with them.
