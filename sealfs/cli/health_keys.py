@@ -39,8 +39,8 @@ def hardware(settings: Settings) -> Iterator[Health]:
             yield Health(
                 NOTE,
                 "tpm",
-                "this host has no hardware TPM; one needs: TPM 2.0 with a SHA-256 PCR bank, "
-                f"enabled in the firmware, the kernel's driver ({TPM_DEVICE}), an owner without password",
+                "this host has no hardware TPM; it takes a TPM 2.0 with a SHA-256 PCR bank, "
+                f"enabled in the firmware, {TPM_DEVICE}, and no owner password",
             )
         return
     if os.access(TPM_DEVICE, os.R_OK | os.W_OK):
