@@ -32,7 +32,7 @@ from sealfs.keys import origins, policy, provision, records, reports, reseal, tr
 from sealfs.keys.audit import Actor, AuditLog
 from sealfs.keys.enrolment import HostId
 from sealfs.keys.host import Host, HostCounter, mixed_random
-from sealfs.keys.ledger import Ledger
+from sealfs.keys.ledger import RESERVED_IDS, Ledger
 from sealfs.keys.moving import Moving, host_id
 from sealfs.keys.opening import AskPin, Opening
 from sealfs.keys.origins import KeyOrigin, KmiKind
@@ -77,7 +77,13 @@ class KeyService:
         self._opening = Opening(host, self._vault, self.audit)
         self._recovering = Recovering(host, self._vault, self._opening)
         self.moving = Moving(
-            host, self._vault, self._opening, self._recovering, self.ledger, self.audit
+            host,
+            self._vault,
+            self._opening,
+            self._recovering,
+            self.ledger,
+            self.registry,
+            self.audit,
         )
         self.slots = Slots(host, self._vault, self._opening, self.audit)
 
@@ -328,6 +334,9 @@ class KeyService:
         Raises:
             As `unseal`; KeyRefused also where the image's key is not wrapped under this VM's.
         """
+        if image_uuid in RESERVED_IDS:
+            # Noted in the ledger, it would stand for this host's registry or audit log.
+            raise KeyRefused(vm_id, "an image of it has a uuid that the ledger keeps for itself")
         with (
             self.unseal(kmi, vm_id, image_uuid=image_uuid) as vm_key,
             contextlib.suppress(KeyRefused),
@@ -364,7 +373,8 @@ class KeyService:
         Works on a fresh host from what an image carries. A record whose key this TPM still
         gives is left alone; one that does not open is replaced, and keeps its PCR list where it
         authenticates under the recovered key, but no PIN and no signer: nobody knows whether
-        they would open it. This host's recipient gets a slot of its own.
+        they would open it. One that this TPM may open another time, and that is not of this key,
+        stays: it may be the VM's only one. This host's recipient gets a slot of its own.
 
         A slot proves who can open it, not who made it: an image from an untrusted place can
         carry a key that somebody else knows. Of the slots only those that this recovery key
