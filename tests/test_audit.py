@@ -99,6 +99,14 @@ def test_a_line_that_is_removed_repeated_or_moved_is_found(service, log):
     assert findings(service) == [f"{len(lines)} lines are missing at the end"]
 
 
+def test_what_is_left_under_the_name_of_the_oldest_file_is_not_the_whole_log(service, log):
+    lines = log.read_bytes().splitlines(keepends=True)
+    for kept in (lines[-1:], lines[2:]):
+        log.with_name("audit.log.9").write_bytes(b"".join(kept))
+        log.unlink(missing_ok=True)
+        assert any("missing before it" in finding for finding in findings(service))
+
+
 def test_what_is_missing_at_the_end_stays_missed_when_the_log_goes_on(service, log):
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[:-2]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import re
 import subprocess
 import sys
 import time
@@ -185,6 +186,29 @@ def test_keys_are_in_no_core_dump() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "(0, 0)\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("init", "--replace-tpm", "--recovery-key-file", "-"),
+        ("key", "reseal", "web1", "--pin-file", "-"),
+    ],
+)
+def test_nor_is_a_secret_that_is_typed_before_the_key_service_opens(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "sealfs.cli.main", "--state", str(tmp_path / "s"), *words]
+    hardened = re.compile("^Max core file size +0 +0 ", re.M)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as waiting:
+        assert waiting.stdin is not None
+        for _ in range(100):
+            limits = Path(f"/proc/{waiting.pid}/limits").read_text()
+            if hardened.search(limits):
+                break
+            time.sleep(0.05)
+        waiting.stdin.close()
+    assert hardened.search(limits)
 
 
 def test_names_of_any_bytes_can_be_printed() -> None:

@@ -64,6 +64,18 @@ def test_a_printed_recovery_key_opens_each_image_of_its_vm_on_a_fresh_host(
     assert len(identity_of(copy).recovery_slots) == 2
 
 
+def test_a_recovery_key_is_shown_though_an_image_cannot_be_told(host: Host) -> None:
+    disk = host.make("a")
+    with contextlib.closing(FileStorage.open(disk, read_only=True)):
+        text = host.run("--json", "key", "recovery", "web1", status=9)
+    key = KEY.search(text)
+    assert key is not None
+    host.run("key", "recovery", "web1", "--refresh")
+    assert recovery.fingerprint(recovery.public_of(recovery.parse_private(key[0]))).hex() in {
+        recovery.recipient_of(slot)[0] for slot in identity_of(disk).recovery_slots
+    }
+
+
 def test_an_organisation_is_added_once_and_reaches_new_images(host: Host) -> None:
     disk = host.make("a")
     private = X25519PrivateKey.generate()

@@ -13,7 +13,8 @@ from verbs_support import CONTENT, Host, deaths
 
 from sealfs.errors import FormatError, KeyGone, KeyRecordDamaged, KeyRefused, UsageError
 from sealfs.keys import enrolment
-from sealfs.keys.enrolment import HOST_KIND, PACKAGE_KIND, HostId, Package
+from sealfs.keys.enrolment import HOST_KIND, PACKAGE_KIND, HostId, Package, PackedImage
+from sealfs.keys.ledger import Progress
 from sealfs.keys.service import KeyService
 from sealfs.keys.tombstone import Tombstone, Why
 from sealfs.keys.tpm_duplicate import check_storage_key
@@ -268,6 +269,31 @@ def test_a_tombstone_is_what_its_description_says() -> None:
     for size in range(len(raw)):
         with pytest.raises((FormatError, KeyRecordDamaged)):
             Tombstone.decode(raw[:size], "x")
+
+
+def test_a_package_says_nothing_of_other_vms_images_nor_anything_when_refused(
+    tmp_path: Path,
+) -> None:
+    for name in "ab":
+        ks.initialised_state(tmp_path / name)
+    with KeyService.open(tmp_path / "a") as a, KeyService.open(tmp_path / "b") as b:
+        victim, seen = b"v" * 16, Progress(5, bytes(16))
+        b.create("web1").wipe()
+        b.registry.add(tmp_path / "v.sealed", victim, "web1")
+        b.ledger.accept(victim, seen)
+        forged = [PackedImage(victim, "/x", Progress(2**63, bytes(16)))]
+        target = HostId(bytes(16), a.host_id().public)  # the twins have one TPM, and one id
+        for vm_id, said in (("web1", "another key for this VM"), ("web2", 'as VM "web1"')):
+            a.create(vm_id).wipe()
+            package = a.moving._packed(vm_id, target, forged, None, is_move=False)
+            package = dataclasses.replace(package, to_host=b.host_id().host_id)
+            with (
+                a.unseal(vm_id, vm_id) as key,
+                key.package_mac_key() as mac_key,
+                pytest.raises(KeyRefused, match=said),
+            ):
+                b.moving.take(package.with_mac(mac_key).encode(), "package")
+            assert b.ledger.find(victim) == seen
 
 
 def test_a_truncated_or_longer_package_is_refused(hosts: tuple[Host, Host]) -> None:

@@ -34,6 +34,7 @@ from sealfs.errors import (
     UsageError,
 )
 from sealfs.keys import labels
+from sealfs.keys.ledger import RESERVED_IDS
 from sealfs.keys.records import KeyRecord
 from sealfs.keys.registry import RegistryEntry, RegistryFile
 from sealfs.keys.service import KeyService
@@ -682,6 +683,27 @@ def test_recover_does_not_replace_a_working_key_by_another(state, service, tmp_p
     with pytest.raises(KeyRefused, match="another key for this VM"):
         service.recover("web1", "web1", foreign.recovery_slots, report.recovery_key or "")
     assert ks.key_bytes(service.unseal("web1", "web1")) == ks.key_bytes(mine)
+
+
+def test_recover_does_not_replace_another_key_that_a_pin_would_open(state, service, tmp_path):
+    report = ks.initialised_state(tmp_path / "twin")
+    foreign = KeyService.open(tmp_path / "twin").create("web1")
+    pin = bytearray(b"correct horse")
+    mine = service.create("web1", pin=bytearray(pin))
+    with pytest.raises(KeyRefused, match="another key for this VM"):
+        service.recover("web1", "web1", foreign.recovery_slots, report.recovery_key or "")
+    assert ks.key_bytes(service.unseal("web1", "web1", pin=pin)) == ks.key_bytes(mine)
+    # Its own key is, of whoever forgot the PIN.
+    recovered = service.recover("web1", "web1", mine.recovery_slots, report.recovery_key or "")
+    assert ks.key_bytes(recovered) == ks.key_bytes(mine)
+
+
+@pytest.mark.parametrize("reserved", sorted(RESERVED_IDS))
+def test_an_image_is_not_taken_for_the_registry_or_the_audit_log(service, reserved):
+    key = service.create("web1")
+    wrapped = key.wrap_image_key(reserved, bytes(32))
+    with pytest.raises(KeyRefused, match="keeps for itself"):
+        service.image_key("web1", "web1", reserved, wrapped)
 
 
 def test_an_organisations_key_recovers_and_no_recovery_means_none(tmp_path):

@@ -75,6 +75,30 @@ def test_keys_of_before_come_back_by_the_recovery_key(host):
         keys.ledger.begin()
 
 
+@pytest.mark.parametrize("slot", ["tpm", "software"])
+def test_a_rotation_that_the_lost_tpm_cut_off_stands_in_nobodys_way(host, slot):
+    path, text, _ = host
+    shutil.rmtree(path)
+    ks.initialised_state(path)
+    with KeyService.open(path) as keys:
+        keys.create("web1", slot=slot).wipe()
+        with keys.rotating("web1") as rotation:
+            rotation.begin()
+            slots = rotation.recovery_slots
+        # It stays as long as it opens.
+        keys.recover("web1", "web1", slots, text).wipe()
+        assert keys.records()[0].is_changing
+    shutil.rmtree(path / "tpm")
+    replace(path, recovery_key=text)
+    with KeyService.open(path) as keys:
+        keys.recover("web1", "web1", slots, text).wipe()
+        assert not keys.records()[0].is_changing
+        keys.new_image_key("web1", IMAGE)
+        with keys.rotating("web1") as rotation:
+            rotation.begin()
+            rotation.finish()
+
+
 def test_the_recovery_key_is_kept_changed_or_given_up_as_asked(host):
     path, text, _ = host
     before = ks.host_record(path)

@@ -58,7 +58,8 @@ class Host:
             patch.setattr("sys.stdin", io.StringIO(stdin))
             # What a command does to its own process is not for that of the tests.
             patch.setattr("sealfs.cli.interrupts.install", lambda: None)
-            patch.setattr("sealfs.cli.settings.harden", lambda: None)
+            for module in ("settings", "asked", "host"):
+                patch.setattr(f"sealfs.cli.{module}.harden", lambda: None)
             kept = logger.handlers, logger.level, logger.propagate
             try:
                 code = run([str(word) for word in words])

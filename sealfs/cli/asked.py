@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from sealfs.errors import UsageError
+from sealfs.keys.hardening import harden
 
 SECRET_SIZE_MAX = 4 * 1024
 STDIN = "-"
@@ -51,6 +52,7 @@ def pin(
 
 def text(what: str, file: str | None, *, option: str, again: bool = False) -> str:
     """Return a secret as text, its line's end included; see `pin`."""
+    harden()
     if file is None:
         if not sys.stdin.isatty():
             raise UsageError(what, f"there is no terminal to ask for it; use {option}")

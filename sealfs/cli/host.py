@@ -12,6 +12,7 @@ from sealfs.cli.output import print_facts, print_json
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import UsageError
 from sealfs.keys.access import AUTO
+from sealfs.keys.hardening import harden
 from sealfs.keys.provision import WARN_NO_POLICY
 from sealfs.keys.reports import InitReport
 from sealfs.keys.service import KeyService
@@ -59,6 +60,7 @@ def init_command(
     afterwards (sealfs key recover IMAGE...). What the host knew of its images is kept as far as
     it refuses older ones.
     """
+    harden()
     settings.about(settings.state)
     if replace_tpm:
         report = KeyService.replace_tpm(

@@ -80,25 +80,30 @@ def recovery_key(
             # Crash here: this host knows the recovery key, the images are told by --refresh.
             if made.recovery_key is not None and not settings.json:
                 print(f"recovery key {made.fingerprint}\n\n    {made.recovery_key}\n", flush=True)
-            for disk in disks:
-                settings.about(disk.path)
-                identities.rewrite(
-                    disk,
-                    keys,
-                    lambda known: _image_key(keys, known),
-                    lambda known: dataclasses.replace(known, recovery_slots=made.slots),
-                )
+            told: list[str] = []
+            try:
+                for disk in disks:
+                    settings.about(disk.path)
+                    identities.rewrite(
+                        disk,
+                        keys,
+                        lambda known: _image_key(keys, known),
+                        lambda known: dataclasses.replace(known, recovery_slots=made.slots),
+                    )
+                    told.append(str(disk.path))
+            finally:
+                # Also when an image fails: the key is stored nowhere.
+                if settings.json:
+                    print_json(
+                        {
+                            "vm_id": vm_id,
+                            "fingerprint": made.fingerprint,
+                            "recovery_key": made.recovery_key,
+                            "images": told,
+                        }
+                    )
     for path in left:
         warn(f'"{path}" was left out: it knows nothing of new recovery keys')
-    if settings.json:
-        print_json(
-            {
-                "vm_id": vm_id,
-                "fingerprint": made.fingerprint,
-                "recovery_key": made.recovery_key,
-                "images": [str(disk.path) for disk in disks],
-            }
-        )
 
 
 @key_command.command("revoke", short_help="Destroy a VM's key, and with it its disks.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sealfs.cli import sealed, survey
-from sealfs.cli.errors import ExitCode
+from sealfs.cli.errors import ExitCode, warn
 from sealfs.cli.images import enter
 from sealfs.cli.key_reseal import reseal_key
 from sealfs.cli.output import print_facts, print_json, print_table, printable
@@ -17,10 +17,12 @@ from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import FormatError, KeyNotFound, KeyRecordDamaged, RecoveryRefused, UsageError
 from sealfs.image.recovery import read_identity
 from sealfs.image.storage import FileStorage
+from sealfs.keys.reports import recipient_text
 from sealfs.keys.vmkey import wipe
 from sealfs.mount import freshness
 
 if TYPE_CHECKING:
+    from sealfs.image.format import Identity
     from sealfs.keys.opening import AskPin
     from sealfs.keys.reports import KeyInfo, SlotReport
     from sealfs.keys.service import KeyService
@@ -221,16 +223,24 @@ def _recover(
         keys.recover(identity.vm_id, identity.kmi, identity.recovery_slots, recovery_key).wipe()
         known = freshness.newcomer(place.sealed, identity.uuid, keys.ledger)
         opened = sealed.open_with(storage, identity, keys, known)
-        sure = opened.identity
-        keys.slots.adopt(
-            sure.kmi, sure.vm_id, sure.uuid, sure.wrapped_key(storage.path), sure.recovery_slots
-        )
+        _warn_of_recipients(keys, identity)
         entered = enter(keys, place.sealed, opened, replace=replace)
     finally:
         storage.close()
     if settings.verbose and not settings.json:
         print(f"{printable(str(image))}: recovered, VM {printable(identity.vm_id)}")
     return entered
+
+
+def _warn_of_recipients(keys: KeyService, identity: Identity) -> None:
+    """Name who could open the image besides: whoever could write to it could add himself."""
+    record = record_of(keys, identity.vm_id)
+    kept = {slot.recipient for slot in record.slots}
+    for recipient in sorted(set(map(recipient_text, identity.recovery_slots)) - kept):
+        warn(
+            f'VM "{identity.vm_id}": recovery key {recipient} of the image was not taken over; '
+            "if it is yours: sealfs key recovery --to"
+        )
 
 
 def recovery_key_from(key_file: str | None) -> str:

@@ -193,6 +193,14 @@ class AuditLog:
         ]
         return times[-1] if times else None
 
+    def _has_dropped(self) -> bool:
+        """Whether lines may be missing at the beginning: a tenth file was begun.
+
+        Then all are there and full; somebody who named what he left "the oldest" lacks the others.
+        """
+        older = [self._state.path / name for name in files()[:-1]]
+        return all(path.exists() and path.stat().st_size >= AUDIT_SIZE for path in older)
+
     def verify(self) -> tuple[int, list[str]]:
         """Return how many lines there are, and what is wrong with them.
 
@@ -204,6 +212,7 @@ class AuditLog:
         count, findings = 0, []
         expected, previous = 1, _FIRST.hex()
         noted_mac = None
+        has_dropped = self._has_dropped()
         with self._subkey(labels.AUDIT_MAC_INFO) as mac_key:
             for name, line, entry in self.entries():
                 count += 1
@@ -212,7 +221,7 @@ class AuditLog:
                     findings.append(f"{where}: was edited or damaged")
                     expected, previous = expected + 1, ""
                     continue
-                is_oldest = count == 1 and name.endswith(f".{OLDER_MAX}")
+                is_oldest = count == 1 and has_dropped
                 if entry["n"] < expected:
                     findings.append(f"{where}: repeats line {entry['n']}")
                 elif entry["n"] > expected and not is_oldest:

@@ -28,7 +28,8 @@ from sealfs.keys.ledger import RESERVED_IDS, Ledger
 from sealfs.keys.opening import Opening
 from sealfs.keys.protection import Protection
 from sealfs.keys.records import KeyRecord, Origin
-from sealfs.keys.recovering import Recovering
+from sealfs.keys.recovering import Recovering, is_of
+from sealfs.keys.registry import Registry
 from sealfs.keys.tombstone import Tombstone, Why
 from sealfs.keys.vault import Vault
 from sealfs.keys.vmkey import VmKey, wipe
@@ -57,6 +58,7 @@ class Moving:
         opening: Opening,
         recovering: Recovering,
         ledger: Ledger,
+        registry: Registry,
         audit: AuditLog,
     ) -> None:
         self._host = host
@@ -66,6 +68,7 @@ class Moving:
         self._recovering = recovering
         self._audit = audit
         self._ledger = ledger
+        self._registry = registry
 
     def check_may_leave(self, vm_id: str, target: HostId) -> None:
         """Refuse what cannot be given away: moved elsewhere, revoked, being changed.
@@ -188,15 +191,42 @@ class Moving:
                 self._vault.read_known(package.kmi)
             else:
                 self._check_newer(package, subject)
+            self._check_images(package, subject)
+            if stone is None:
+                self._opening.asked(key.vm_id, lambda: self._check_same(key))
             self._ledger.note({image.image_uuid: image.progress for image in package.images})
             # Crash here: lines in the ledger of images that this host has no key for.
             self._opening.asked(key.vm_id, lambda: self._keep(key, is_back=stone is not None))
 
+    def _check_images(self, package: Package, subject: str) -> None:
+        """Refuse a package that speaks of another VM's image: it would be refused from then on."""
+        owners = {entry.image_uuid: entry.vm_id for entry in self._registry.entries()}
+        for image in package.images:
+            owner = owners.get(image.image_uuid, package.vm_id)
+            if owner != package.vm_id:
+                raise KeyRefused(
+                    subject, f'names image "{image.path}", which is registered here as VM "{owner}"'
+                )
+
+    def _check_same(self, key: VmKey) -> None:
+        """Refuse a key that is not the one this host has, before anything is noted of its images.
+
+        Raises:
+            KeyRefused: this host has another one. PinNeeded: only the VM's PIN tells.
+        """
+        with self._state.lock() as held, self._host.tpm_under(held) as tpm:
+            old = self._vault.record_of_vm(key.vm_id)
+            if old is None or is_of(old, key):
+                return
+            _check_kmi(old, key)
+            self._recovering.known(old, key, tpm)
+
     def _keep(self, key: VmKey, *, is_back: bool) -> None:
         with self._state.lock() as held, self._host.tpm_under(held) as tpm:
             old = self._vault.record_of_vm(key.vm_id)
-            if old is not None and old.kmi != key.kmi:
-                raise KeyRefused(key.vm_id, "this host has a key of another KMI for this VM")
+            if old is not None:
+                _check_kmi(old, key)
+            self._vault.drop_lost_pending(key.kmi, held)
             wanted: Protection | None = Protection()
             if old is not None and is_back:
                 # Its key may have changed meanwhile.
@@ -250,3 +280,8 @@ class Moving:
                     f'knows image "{image.path}" at change {image.progress.sequence}, and this '
                     f"host has seen it at change {noted.sequence}: an older package",
                 )
+
+
+def _check_kmi(old: KeyRecord, key: VmKey) -> None:
+    if old.kmi != key.kmi:
+        raise KeyRefused(key.vm_id, "this host has a key of another KMI for this VM")

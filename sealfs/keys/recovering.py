@@ -54,6 +54,7 @@ class Recovering:
         try:
             with self._state.lock() as held, self._host.tpm_under(held) as tpm:
                 wanted = Protection()
+                self._vault.drop_lost_pending(kmi, held)
                 try:
                     old = self._vault.read(self._state.record_file(kmi), kmi=kmi)
                 except (FormatError, KeyRecordDamaged) as error:
@@ -91,9 +92,8 @@ class Recovering:
 
         Nothing, where that was another key's.
         """
-        with recovered.record_mac_key() as mac_key:
-            if not (old.tpm_slots and old.is_authentic(mac_key)):
-                return Protection()
+        if not (old.tpm_slots and is_of(old, recovered)):
+            return Protection()
         slot = old.tpm_slots[-1]
         lost = slot.policy & ~PolicyKind.PCRS
         if lost:
@@ -121,6 +121,15 @@ class Recovering:
         except KeyServiceError as error:
             if can_ask and isinstance(error, PinNeeded):
                 raise
+            # Its MAC says whose key it holds, where no slot does now. One of a TPM that is gone, or
+            # that was edited, gives no key any more; any other may be the VM's only one.
+            is_shut = isinstance(error, KeyRefused) and self._vault.own_slots(old)
+            if is_shut and not is_of(old, recovered):
+                raise KeyRefused(
+                    recovered.vm_id,
+                    "this host holds another key for this VM than the slot does, which does not "
+                    f"open now: {error.detail}",
+                ) from error
             _log.warning("replacing the key record of %r: %s", recovered.vm_id, error)
             return None
         if _is_same(existing, recovered):
@@ -136,6 +145,12 @@ class Recovering:
         raise KeyRefused(
             recovered.vm_id, "this host holds another key for this VM than the slot does"
         )
+
+
+def is_of(record: KeyRecord, key: VmKey) -> bool:
+    """Whether a record authenticates under a key."""
+    with key.record_mac_key() as mac_key:
+        return record.is_authentic(mac_key)
 
 
 def _is_same(one: VmKey, other: VmKey) -> bool:

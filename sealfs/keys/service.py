@@ -31,7 +31,7 @@ from sealfs.keys import origins, policy, provision, records, reports, reseal, tr
 from sealfs.keys.audit import Actor, AuditLog
 from sealfs.keys.enrolment import HostId
 from sealfs.keys.host import Host, HostCounter, mixed_random
-from sealfs.keys.ledger import Ledger
+from sealfs.keys.ledger import RESERVED_IDS, Ledger
 from sealfs.keys.making import Making, SlotKind
 from sealfs.keys.moving import Moving, host_id
 from sealfs.keys.opening import AskPin, Opening
@@ -79,7 +79,13 @@ class KeyService:
         self._making = Making(host, self._vault, self._opening)
         self._recovering = Recovering(host, self._vault, self._opening)
         self.moving = Moving(
-            host, self._vault, self._opening, self._recovering, self.ledger, self.audit
+            host,
+            self._vault,
+            self._opening,
+            self._recovering,
+            self.ledger,
+            self.registry,
+            self.audit,
         )
         self.slots = Slots(host, self._vault, self._opening, self.audit)
 
@@ -332,6 +338,9 @@ class KeyService:
         Raises:
             As `unseal`; KeyRefused also where the image's key is not wrapped under this VM's.
         """
+        if image_uuid in RESERVED_IDS:
+            # Noted in the ledger, it would stand for this host's registry or audit log.
+            raise KeyRefused(vm_id, "an image of it has a uuid that the ledger keeps for itself")
         with (
             self.unseal(kmi, vm_id, image_uuid=image_uuid) as vm_key,
             contextlib.suppress(KeyRefused),
@@ -368,11 +377,12 @@ class KeyService:
         Works on a fresh host from what an image carries. A record whose key this TPM still
         gives is left alone; one that does not open is replaced, and keeps its PCR list where it
         authenticates under the recovered key, but no PIN and no signer: nobody knows whether
-        they would open it. This host's recipient gets a slot of its own.
+        they would open it. One that this TPM may open another time, and that is not of this key,
+        stays: it may be the VM's only one. This host's recipient gets a slot of its own.
 
         A slot proves who can open it, not who made it: an image from an untrusted place can
-        carry a key that somebody else knows. Of the slots only those that this recovery key
-        opens are kept; the others wait for `Slots.adopt`.
+        carry a key that somebody else knows, or a slot for somebody who is to get the next key.
+        So only the slots that this recovery key opens are kept.
 
         Raises:
             KeyGone: it was moved to another host, or revoked.

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from sealfs.errors import KeyRefused
 from sealfs.keys import records, recovery, reports
 from sealfs.keys.audit import AuditLog
 from sealfs.keys.host import Host, mixed_random
@@ -44,35 +43,6 @@ class Slots:
         self._vault = vault
         self._opening = opening
         self._audit = audit
-
-    def adopt(
-        self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes, slots: Sequence[bytes]
-    ) -> None:
-        """Keep the recovery slots of an image that was verified since `recover`; durable.
-
-        Those of an image whose key is not wrapped under this host's VM key are left out.
-        """
-        if self._opening.asked(vm_id, lambda: self._adopt(kmi, vm_id, image_uuid, wrapped, slots)):
-            self._audit.record(
-                "key recovery changed", vm=vm_id, kmi=kmi, image=image_uuid.hex(),
-                recipients=_names(slots),
-            )  # fmt: skip
-
-    def _adopt(
-        self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes, slots: Sequence[bytes]
-    ) -> bool:
-        """Whether there was anything to keep."""
-        with self._state.lock() as held, self._host.tpm_under(held) as tpm:
-            record = self._vault.read_known(kmi)
-            with self._opening.open_in(record, tpm) as vm_key:
-                try:
-                    wipe(vm_key.unwrap_image_key(image_uuid, wrapped))
-                except KeyRefused:
-                    return False
-                known = (*record.recovery_slots, *slots)
-                found = recovery.slots_of_vm(known, records.binding(vm_id, kmi))
-                self._vault.keep_slots(record, vm_key, found, held)
-                return found != record.recovery_slots
 
     def recovery(
         self, vm_id: str, *, is_new: bool, recipient: bytes | None, subject: str

@@ -152,6 +152,22 @@ class Vault(Gone):
         """Return the record of the key that a KMI's images are being rewrapped to, if any."""
         return self.read(self._state.pending_file(kmi), kmi=kmi)
 
+    def drop_lost_pending(self, kmi: str, held: HeldLock) -> None:
+        """Remove the record of a key to come that only a TPM of before gave; durable.
+
+        No rotation goes on by it. The images that were rewrapped carry its recovery slots.
+        """
+        with contextlib.suppress(FormatError, KeyRecordDamaged):
+            pending = self.read_pending(kmi)
+            if pending is None or self.own_slots(pending):
+                return
+            if pending.software_slot:
+                host_id = self._host.record.host_id
+                with contextlib.suppress(KeyRefused):
+                    software.salt_of(pending.software_slot, pending.vm_id, host_id)
+                    return
+            self._state.remove(self._state.pending_file(kmi), held)
+
     # Opening and making
 
     def protect(
