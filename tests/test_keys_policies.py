@@ -370,6 +370,17 @@ def test_what_needs_a_pin_is_refused_without_asking_the_tpm(state):
     assert log == []
 
 
+def test_a_wrong_pin_is_told_also_where_another_slot_opens_without_one(state):
+    service = KeyService.open(state)
+    service.create("web1").wipe()
+    service.reseal("web1", Protection(pin=pin()), keep=True)
+    with pytest.raises(WrongPin):
+        service.unlock("web1", bytearray(b"wrong"))
+    assert service.unlocked() == []
+    service.unlock("web1", pin())
+    assert service.unlocked() == ["web1"]
+
+
 def test_an_unlocked_vm_opens_without_its_pin_until_it_is_locked(state):
     log: list[bytes] = []
     service = ks.wrapped_service(state, lambda channel: ks.Tap(channel, log))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from sealfs.errors import PinNeeded
 from sealfs.keys.audit import AuditLog
 from sealfs.keys.host import Host
-from sealfs.keys.records import KeyRecord
+from sealfs.keys.records import KeyRecord, PolicyKind
 from sealfs.keys.statedir import HeldLock
 from sealfs.keys.unlocked import Unlocked
 from sealfs.keys.vault import Vault
@@ -81,15 +81,20 @@ class Opening:
         with self._audit.recorded("key unlocked", vm=vm_id):
             with self._host.tpm() as tpm:
                 record = self._vault.known_of_vm(vm_id)
-                found = [self._vault.open_record(record, tpm, pin)]
+                found = [self._prove(record, tpm, pin)]
                 try:
                     pending = self._vault.read_pending(record.kmi)
                     if pending is not None:
-                        found.append(self._vault.open_record(pending, tpm, pin))
+                        found.append(self._prove(pending, tpm, pin))
                 except BaseException:
                     found[0].wipe()
                     raise
             self.unlocked.keep(*found)
+
+    def _prove(self, record: KeyRecord, tpm: Tpm, pin: bytearray) -> VmKey:
+        """Open a record by its PIN where it has one: a wrong one is told, not passed over."""
+        by_pin = any(slot.policy & PolicyKind.PIN for slot in record.tpm_slots)
+        return self._vault.open_record(record, tpm, pin, by_pin=by_pin)
 
     def lock(self, vm_id: str) -> bool:
         """Wipe the key that `unlock` kept; whether there was one."""
