@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 SCRUB_RATE = 10 << 20
 """Bytes a second: a disk of 1 TiB takes a day, and nobody notices."""
 GROUPS_AT_ONCE = 4
-
-Parts = Iterator[Part]
 
 
 @click.command("check")

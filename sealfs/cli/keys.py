@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from sealfs.cli import sealed, survey
+from sealfs.cli import asked, sealed, survey
 from sealfs.cli.errors import ExitCode, warn
 from sealfs.cli.images import enter
 from sealfs.cli.key_reseal import reseal_key
 from sealfs.cli.output import print_facts, print_json, print_table, printable
 from sealfs.cli.settings import PATH, Settings, common_options
-from sealfs.errors import FormatError, KeyNotFound, KeyRecordDamaged, RecoveryRefused, UsageError
+from sealfs.errors import FormatError, KeyNotFound, KeyRecordDamaged, UsageError
 from sealfs.image.recovery import read_identity
 from sealfs.image.storage import FileStorage
 from sealfs.keys.reports import recipient_text
@@ -27,9 +26,7 @@ if TYPE_CHECKING:
     from sealfs.keys.reports import KeyInfo, SlotReport
     from sealfs.keys.service import KeyService
 
-KEY_TEXT_MAX = 16 * 1024
 """A printed recovery key has 80 letters; a PEM file a few hundred."""
-STDIN = "-"
 
 
 @click.group("key")
@@ -239,7 +236,7 @@ def _warn_of_recipients(keys: KeyService, identity: Identity) -> None:
     for recipient in sorted(set(map(recipient_text, identity.recovery_slots)) - kept):
         warn(
             f'VM "{identity.vm_id}": recovery key {recipient} of the image was not taken over; '
-            "if it is yours: sealfs key recovery --to"
+            f"if it is yours: sealfs key recovery {identity.vm_id} --to FILE"
         )
 
 
@@ -247,24 +244,6 @@ def recovery_key_from(key_file: str | None) -> str:
     """Read the recovery key; it never stands in an argument or the environment.
 
     Raises:
-        UsageError: no file was named and nobody is there to be asked.
-        RecoveryRefused: what was read cannot be a key.
+        UsageError: no file was named and nobody is there to be asked, or it cannot be a key.
     """
-    if key_file is None:
-        if not sys.stdin.isatty():
-            raise UsageError(
-                "recovery key", "there is no terminal to ask for it; use --recovery-key-file"
-            )
-        text: str = click.prompt("Recovery key", hide_input=True, err=True, prompt_suffix=": ")
-        return text
-    try:
-        if key_file == STDIN:
-            text = sys.stdin.read(KEY_TEXT_MAX + 1)
-        else:
-            with open(key_file, encoding="utf-8") as file:
-                text = file.read(KEY_TEXT_MAX + 1)
-    except UnicodeDecodeError:
-        raise RecoveryRefused("recovery key", "is not text") from None
-    if len(text) > KEY_TEXT_MAX:
-        raise RecoveryRefused("recovery key", "is too long to be one")
-    return text
+    return asked.text("recovery key", key_file, option="--recovery-key-file")

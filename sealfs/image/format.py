@@ -58,7 +58,6 @@ RECORD: Final = struct.Struct("<8s16sQIIII32s24sQIIIII60s32s32s")
 _ANCHOR: Final = struct.Struct("<Q16s")
 
 ROW_SIZE: Final = _ROW.size
-IDENTITY_HEADER_SIZE: Final = _IDENTITY.size
 SUPERBLOCK_SIZE: Final = _SUPERBLOCK.size
 
 

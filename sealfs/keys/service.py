@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from sealfs.errors import (
     FormatError,
@@ -45,9 +45,6 @@ from sealfs.keys.slots import Slots
 from sealfs.keys.statedir import LEDGER_FILE, ImageLock
 from sealfs.keys.vault import Vault
 from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey, VmKey
-
-if TYPE_CHECKING:
-    pass
 
 
 class KeyService:

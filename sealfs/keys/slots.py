@@ -9,7 +9,6 @@ Every method blocks, as the service's do, and takes the state lock.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -119,7 +118,3 @@ class Slots:
                     self._state.append(file, 0, bytes(records.RECORD_SIZE_MAX), held)
                     # Crash here: a record that cannot be read, behind its tombstone.
                     self._state.remove(file, held)
-
-
-def _names(slots: Sequence[bytes]) -> str:
-    return ", ".join(recovery.recipient_of(slot)[0] for slot in slots)
