@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from sealfs.keys.opening import AskPin
     from sealfs.keys.reports import KeyInfo, SlotReport
     from sealfs.keys.service import KeyService
-
-"""A printed recovery key has 80 letters; a PEM file a few hundred."""
 
 
 @click.group("key")
@@ -236,7 +235,7 @@ def _warn_of_recipients(keys: KeyService, identity: Identity) -> None:
     for recipient in sorted(set(map(recipient_text, identity.recovery_slots)) - kept):
         warn(
             f'VM "{identity.vm_id}": recovery key {recipient} of the image was not taken over; '
-            f"if it is yours: sealfs key recovery {identity.vm_id} --to FILE"
+            f"if it is yours: sealfs key recovery {shlex.quote(identity.vm_id)} --to FILE"
         )
 
 
