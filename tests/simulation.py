@@ -347,6 +347,9 @@ class SimulatedStorage:
     def read_nowait(self, offset: int, buffer: Buffer) -> bool:
         return self.read_into(offset, buffer) == len(buffer)
 
+    def fileno(self) -> int:
+        return -1
+
     def read_direct(self, offset: int, size: int) -> bytes:
         self._noted_read("read_direct", offset, size)
         if offset % PAGE or size % PAGE:

@@ -45,6 +45,7 @@ from crash_support import (
     Session,
     set_limit,
 )
+from sending import sent
 from simulation import SECTOR, SimulatedDisk, SimulatedStorage
 from test_crash import after_death, report, still_refuses
 from test_image import slots_named
@@ -382,6 +383,10 @@ class WideSession(Session):
             found = run(self.image.read_steps(offset, size))
         if bytes(found) != self.oracle.latest()[offset : offset + size]:
             raise self.lab.fail(self.recipe, f"other bytes at {offset}")
+        block = offset // PAGE * PAGE
+        content = sent(self.image, block)
+        if content is not None and content != self.oracle.latest()[block : block + PAGE]:
+            raise self.lab.fail(self.recipe, f"other bytes sent of the block at {block}")
 
     def seek_everything(self) -> None:
         """What is called a hole reads as zeros; the walk over data and holes comes to the end."""

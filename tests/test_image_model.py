@@ -15,6 +15,7 @@ import random
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from sending import sent
 from simulation import SimulatedStorage, tears
 from test_image import IDENTITY, KEY, PAGE
 from test_refcheck import refcheck
@@ -159,6 +160,12 @@ class ImageMachine(RuleBasedStateMachine):
     @rule(offset=offsets, size=sizes)
     def read(self, offset: int, size: int) -> None:
         assert self.image.read(offset, size) == self.model[offset : offset + size]
+        block = offset // PAGE * PAGE
+        content = sent(self.image, block)
+        if block + PAGE <= len(self.model):
+            assert content in (None, self.model[block : block + PAGE])
+        else:
+            assert content is None
 
     @rule()
     def read_all(self) -> None:

@@ -23,6 +23,11 @@ try:
 except ImportError:  # it could not be built here; the same in Python
     from sealfs.image import blockseal as runs  # type: ignore[no-redef]
 
+try:
+    from sealfs.image._blockread import Opener
+except ImportError:  # it could not be built here; reader.py does the same
+    Opener = None  # type: ignore[assignment, misc]
+
 from sealfs.errors import BlockDamaged, IntegrityError, NoSpace
 from sealfs.image.format import (
     HOLE,
@@ -122,8 +127,10 @@ class BlockCipher:
         self._rows = {row.epoch: row for row in rows}
         self._keys: dict[int, bytearray] = {}
         """The key of each epoch that was met."""
-        self._openers: dict[bytes, Callable[[bytes, Buffer, bytes], bytes]] = {}
+        self._decrypts: dict[bytes, Callable[[bytes, Buffer, bytes], bytes]] = {}
         """The decrypt of an epoch's key, by the epoch as it stands in a nonce."""
+        self.openers: dict[int, Opener] = {}
+        """Those that `opener` has made, by epoch."""
         self._prefix = MAGICS["block"] + uuid
         self._on_seal = on_seal
         self._epoch = 0
@@ -151,7 +158,8 @@ class BlockCipher:
             key[:] = bytes(len(key))
         self._image_keys.clear()
         self._keys.clear()
-        self._openers.clear()
+        self._decrypts.clear()
+        self.openers.clear()
 
     def begin_epoch(self, row: EpochRow) -> None:
         """Seal under this row from now on; it must be fresh and durable."""
@@ -202,14 +210,27 @@ class BlockCipher:
             BlockDamaged: it does not authenticate.
         """
         sealed[BLOCK_SIZE:] = tag
-        opener = self._openers.get(nonce[:4])
-        if opener is None:
+        decrypt = self._decrypts.get(nonce[:4])
+        if decrypt is None:
             epoch = int.from_bytes(nonce[:4], "little")
-            opener = self._openers[nonce[:4]] = AESGCM(self._key_of_block(block, epoch)).decrypt
+            decrypt = self._decrypts[nonce[:4]] = AESGCM(self._key_of_block(block, epoch)).decrypt
         try:
-            return opener(nonce, sealed, self._prefix + _INDEX.pack(block))
+            return decrypt(nonce, sealed, self._prefix + _INDEX.pack(block))
         except InvalidTag:
             raise self._damaged(block) from None
+
+    def opener(self, block: int, epoch: int) -> Opener | None:
+        """Return what opens and sends blocks of an epoch; None where it could not be built.
+
+        For the owner's thread only.
+
+        Raises:
+            BlockDamaged: `block` names an epoch that the image does not have.
+        """
+        if Opener is None:
+            return None
+        opener = self.openers[epoch] = Opener(self._key_of_block(block, epoch), self._prefix)
+        return opener
 
     def open_blocks(self, first: int, run: memoryview, entries: Buffer) -> None:
         """Open a run of present blocks, in place.

@@ -32,7 +32,7 @@ from sealfs.image.layout import (
     group_runs,
 )
 from sealfs.image.plan import Buffer
-from sealfs.image.reader import ATTEMPTS_MAX, ColdBlock, Reader
+from sealfs.image.reader import ATTEMPTS_MAX, UNSURE, Reader
 from sealfs.image.recovery import Witness
 from sealfs.image.steps import Steps, run
 from sealfs.image.storage import Storage, execute
@@ -225,8 +225,6 @@ class SealedImage:
         Raises:
             BlockDamaged: a block does not authenticate.
         """
-        if size == BLOCK_SIZE and not offset % BLOCK_SIZE and offset + size <= self.size:
-            return self._reader.try_block(offset // BLOCK_SIZE)
         end = min(offset + size, self.size)
         if end <= offset:
             return b""
@@ -240,19 +238,25 @@ class SealedImage:
         start = offset - first * BLOCK_SIZE
         return memoryview(out)[start : start + end - offset]
 
-    def cold_read(self, offset: int, size: int) -> ColdBlock | None:
-        """Return a read of one block as a thing to be done in a worker, after `try_read`.
+    def send_block(self, offset: int, out_fd: int, header: bytes) -> int:
+        """Write `header` and the block at `offset` to a descriptor, in one piece, if need not wait.
 
-        None where only `read_steps` will do. As long as it is under way the image stays open.
+        Returns:
+            SENT; or where in the sealed file BLOCK_SIZE bytes are to be brought into the page
+            cache before it is tried again; or UNSURE: only `read_steps` can tell.
+
+        Raises:
+            BlockDamaged: the node page that names the block is lost.
+            OSError: writing to the descriptor failed.
         """
-        if size != BLOCK_SIZE or offset % BLOCK_SIZE or offset + size > self.size:
-            return None
-        return self._reader.cold_block(offset // BLOCK_SIZE)
+        if offset + BLOCK_SIZE > self.size:
+            return UNSURE
+        return self._reader.send_block(offset // BLOCK_SIZE, out_fd, header)
 
-    def keep_cold(self, cold: ColdBlock, content: bytearray) -> None:
-        """Keep a block that was read so, unless the image was opened anew or written since."""
-        if cold.reader is self._reader and not self._is_closed:
-            self._reader.keep_cold(cold, content)
+    @property
+    def descriptor(self) -> int:
+        """The sealed file's, for bringing parts of it into the page cache; nothing else."""
+        return self._storage.fileno()
 
     def read_steps(self, offset: int, size: int) -> Steps[Buffer]:
         """Return the bytes from `offset` on, fewer than `size` only at the end of the disk.

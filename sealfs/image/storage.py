@@ -72,6 +72,9 @@ class Storage(Protocol):
     def read_nowait(self, offset: int, buffer: Buffer) -> bool:
         """Fill `buffer` if that needs no waiting for the disk (RWF_NOWAIT), else return False."""
 
+    def fileno(self) -> int:
+        """Return the descriptor of the file; -1 where there is none (a simulated disk)."""
+
     def read_direct(self, offset: int, size: int) -> bytes:
         """As `read`, past the page cache: what the device holds (page-aligned arguments)."""
 
@@ -201,7 +204,6 @@ class FileStorage:
         return cls(fd, path)
 
     def fileno(self) -> int:
-        """Return the descriptor, for fstat."""
         return self._fd
 
     def size(self) -> int:

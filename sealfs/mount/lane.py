@@ -7,8 +7,7 @@ what cannot be parsed goes on to pyfuse3. Knows images only through `Disk` and `
 Concurrency: one task, `run`, reads the device and never waits for a disk: it answers at once what
 `try_read` and `try_write` can, and starts a task for whatever would wait. The receive buffer
 belongs to `run` and is overwritten by the next read, so data for a task is copied. Answers are
-written by `run`, by the tasks, and by workers that read a block that was not in memory; each write
-to the device is one whole answer. `run` lets the
+written by `run` and by the tasks; each write to the device is one whole answer. `run` lets the
 other tasks of the mount run every `YIELD_EVERY` requests, and at once when it started one.
 """
 
@@ -21,19 +20,18 @@ import mmap
 import os
 import select
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
-from functools import partial
 
 import trio
 
 from sealfs.image.layout import BLOCK_SIZE
 from sealfs.image.plan import Buffer
-from sealfs.image.reader import ColdBlock
+from sealfs.image.reader import SENT, UNSURE
 from sealfs.mount import protocol
 from sealfs.mount.disk import Disk
 from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
+from sealfs.mount.fetcher import Fetcher
 from sealfs.mount.handles import SYNC_FLAGS, Handle, Handles
 from sealfs.mount.protocol import (
     BODY,
@@ -61,7 +59,8 @@ DROP_PAGES_WAIT = 0.1  # seconds that a direct write beside buffered readers may
 YIELD_EVERY = 64  # requests served in a row
 BUFFER_SIZE = (1 << 20) + (64 << 10)  # max_write 1 MiB and headers
 REQUEST_SIZE_MAX = 1 << 20
-BODY_OUT = OUT_HEADER.size
+BLOCK_OUT = OUT_HEADER.size + BLOCK_SIZE
+TRIES_MAX = 3  # a block and its leaf page, and one that went again meanwhile
 
 _pack = OUT_HEADER.pack
 
@@ -96,18 +95,18 @@ class Lane:
         self._buffer = mmap.mmap(-1, BUFFER_SIZE)  # plaintext passes here: keep it out of dumps
         self._buffer.madvise(mmap.MADV_DONTDUMP)
         self._view = memoryview(self._buffer)
+        self._fetcher: Fetcher[tuple[int, Disk, int, int]] = Fetcher(disks.workers)
+        """Reads of one block that wait for the disk: (unique, disk, offset, tries)."""
         self._poll = select.poll()
-        for fd in (device_fd, relay.fileno(), disks.workers.wake_fd):
+        for fd in (device_fd, self._fetcher.fileno(), relay.fileno(), disks.workers.wake_fd):
             self._poll.register(fd, select.POLLIN)
-        self._fetched: deque[tuple[int, Disk, ColdBlock, bytearray | None]] = deque()
-        """What workers have read and answered, or could not; appended to by them."""
-        self._cold_count = 0  # reads that workers have, or that wait to be settled
-        self._is_ending = False
+        self._either = select.epoll(sizehint=2)  # what trio waits for: the device or the fetcher
+        for fd in (device_fd, self._fetcher.fileno()):
+            self._either.register(fd, select.EPOLLIN)
         self.served = dict.fromkeys(("read", "write", "cold", "waited", "passed_on"), 0)
 
     async def run(self) -> None:
         """Serve until the file system is unmounted."""
-        self._token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
@@ -115,12 +114,14 @@ class Lane:
             except DeviceGone:
                 log.debug("unmounted: %s", self.served)
             finally:
-                # Images are closed next: no worker may be reading one.
-                self._is_ending = True
+                # Images are closed next: nothing may be reading one.
                 with trio.CancelScope(shield=True):
-                    while self._cold_count:
+                    while self._fetcher.count:
+                        for unique, *_ in self._fetcher.done():
+                            self._answer_error(unique, errno.EIO)
                         await trio.sleep(0.001)
-                        self._settle_cold()
+                self._fetcher.close()
+                self._either.close()
 
     async def _loop(self) -> None:
         fd, buffers, unpack = self._fd, [self._view], IN_START.unpack_from
@@ -145,8 +146,8 @@ class Lane:
                     raise DeviceGone
                 log.error("a request of %d bytes is shorter than its header", count)
                 continue
-            if self._fetched:
-                self._settle_cold()
+            if self._fetcher.count:
+                self._read_again()
             length, opcode, unique = unpack(buffer)
             try:
                 if length != count:
@@ -190,15 +191,21 @@ class Lane:
             while True:
                 ready = poll(0)
                 if ready:
-                    if all(fd != self._fd for fd, _ in ready):
+                    numbers = [fd for fd, _ in ready]
+                    if self._fetcher.fileno() in numbers:
+                        self._read_again()
+                        numbers.remove(self._fetcher.fileno())
+                    if self._fd not in numbers and numbers:
                         await trio.lowlevel.checkpoint()
-                    elif len(ready) > 1:
+                    elif len(numbers) > 1:
                         self._due = True
                     self._last_request_ns = time.perf_counter_ns()
                     return
                 if time.perf_counter_ns() > end:
                     break
-        await trio.lowlevel.wait_readable(self._fd)
+        await trio.lowlevel.wait_readable(self._either.fileno())
+        if self._fetcher.count:
+            self._read_again()
         self._last_request_ns = time.perf_counter_ns()
 
     # Requests, served at once or by a task.
@@ -213,60 +220,48 @@ class Lane:
             self._answer_error(unique, errno.EBADF)
         elif offset > OFFSET_MAX - size or size > REQUEST_SIZE_MAX:
             self._answer_error(unique, errno.EINVAL)
+        elif size == BLOCK_SIZE and not offset % BLOCK_SIZE:
+            self._read_block(unique, handle.disk, offset)
         else:
-            disk = handle.disk
+            self._read_bytes(unique, handle.disk, offset, size)
+
+    def _read_block(self, unique: int, disk: Disk, offset: int, tries: int = 0) -> None:
+        """Answer with one block; where it is not in memory, have it brought there first."""
+        image = disk.opened
+        try:
+            missing = image.send_block(offset, self._fd, _pack(BLOCK_OUT, 0, unique))
+        except OSError as exc:
+            _not_taken(exc)
+            return
+        except Exception as exc:
+            self._fail(unique, disk, exc)
+            return
+        if missing == SENT:
+            return
+        if missing != UNSURE and tries < TRIES_MAX:
+            self.served["cold"] += 1
+            if self._fetcher.fetch(image.descriptor, missing, (unique, disk, offset, tries + 1)):
+                return
+        self._read_bytes(unique, disk, offset, BLOCK_SIZE)
+
+    def _read_again(self) -> None:
+        """Go on with the blocks that are in memory now."""
+        for unique, disk, offset, tries in self._fetcher.done():
             try:
-                data = disk.opened.try_read(offset, size)
+                self._read_block(unique, disk, offset, tries)
             except Exception as exc:
                 self._fail(unique, disk, exc)
-                return
-            if data is None:
-                cold = disk.opened.cold_read(offset, size)
-                if cold is None:
-                    self._start(unique, disk, self._read_slowly, disk, offset, size)
-                else:
-                    self.served["cold"] += 1
-                    self._cold_count += 1
-                    self._disks.workers.busy_count += 1
-                    self._disks.workers.post(partial(self._read_cold, unique, disk, cold))
-            elif data:
-                try:
-                    os.writev(self._fd, (_pack(BODY_OUT + len(data), 0, unique), data))
-                except OSError as exc:
-                    _not_taken(exc)
-            else:
-                self._answer_error(unique, 0)
 
-    def _read_cold(self, unique: int, disk: Disk, cold: ColdBlock) -> None:
-        """Read a block and answer, in a worker: no task, and nobody to be woken."""
+    def _read_bytes(self, unique: int, disk: Disk, offset: int, size: int) -> None:
         try:
-            content = cold.reader.fetch_cold(cold)
-            if content is not None:
-                try:
-                    os.writev(self._fd, (_pack(BODY_OUT + BLOCK_SIZE, 0, unique), content))
-                except OSError as exc:
-                    _not_taken(exc)
-        except Exception:
-            log.exception("a read failed")
-            content = None
-        self._fetched.append((unique, disk, cold, content))
-        if content is None:
-            self._token.run_sync_soon(self._settle_cold)
-
-    def _settle_cold(self) -> None:
-        """Keep what workers have read, and start again what they could not."""
-        while self._fetched:
-            unique, disk, cold, content = self._fetched.popleft()
-            self._cold_count -= 1
-            self._disks.workers.busy_count -= 1
-            if content is not None:
-                if disk.image is not None:
-                    disk.image.keep_cold(cold, content)
-            elif self._is_ending:
-                self._answer_error(unique, errno.EIO)
-            else:
-                at = cold.block * BLOCK_SIZE
-                self._start(unique, disk, self._read_slowly, disk, at, BLOCK_SIZE)
+            data = disk.opened.try_read(offset, size)
+        except Exception as exc:
+            self._fail(unique, disk, exc)
+            return
+        if data is None:
+            self._start(unique, disk, self._read_slowly, disk, offset, size)
+        else:
+            self._answer(unique, data)
 
     async def _read_slowly(self, disk: Disk, offset: int, size: int) -> Buffer:
         data: Buffer = await self._disks.workers.drive(disk.opened.read_steps(offset, size))

@@ -1,0 +1,289 @@
+"""A block read, opened and sent in one call: the C module and its twin, on a real file."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from sending import HEADER, sent
+
+from sealfs.errors import BlockDamaged
+from sealfs.image import cipher
+from sealfs.image.cache import BlockCache
+from sealfs.image.format import Identity
+from sealfs.image.image import SealedImage
+from sealfs.image.layout import Geometry
+from sealfs.image.reader import SENT, UNSURE
+from sealfs.image.storage import FileStorage
+from sealfs.mount import fetcher as fetchers
+from sealfs.mount.fetcher import Fetcher
+from sealfs.mount.workers import Workers
+
+_blockread = pytest.importorskip("sealfs.image._blockread", reason="tools/setup builds it")
+
+PAGE = 4096
+KEY = bytes(range(32))
+UUID = b"0123456789abcdef"
+BLOCKS = 300
+GEOMETRY = Geometry(journal_pages=256)
+
+
+def content_of(block: int) -> bytes:
+    return block.to_bytes(8, "little") * (PAGE // 8)
+
+
+@pytest.fixture(params=["C", "Python"])
+def image(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[SealedImage]:
+    """An image of which every third block is a hole, opened anew: nothing of it in the cache."""
+    if request.param == "Python":
+        monkeypatch.setattr(cipher, "Opener", None)
+    path = tmp_path / "disk.sealed"
+    storage = FileStorage.create(path)
+    identity = Identity(uuid=UUID, vm_id="vm", kmi="vm")
+    SealedImage.create(
+        storage, identity=identity, image_key=KEY, size=BLOCKS * PAGE, geometry=GEOMETRY
+    )
+    first = opened(storage)
+    for block in range(BLOCKS):
+        if block % 3:
+            first.write(block * PAGE, content_of(block))
+    first.close()
+    found = opened(FileStorage.open(path))
+    yield found
+    found.abandon()
+
+
+def opened(storage: FileStorage) -> SealedImage:
+    cache = BlockCache(64 * PAGE, 512 * PAGE)
+    return SealedImage.open(storage, image_key=KEY, cache=cache, geometry=GEOMETRY)
+
+
+def expected(block: int) -> bytes:
+    return content_of(block) if block % 3 else bytes(PAGE)
+
+
+def test_this_checkout_uses_the_c_module() -> None:
+    assert cipher.Opener is _blockread.Opener
+    assert fetchers.Ring is not None
+
+
+def test_every_block_is_sent_as_it_was_written(image: SealedImage) -> None:
+    for _ in range(2):  # from the page cache, then from the plaintext cache
+        for block in range(BLOCKS):
+            assert sent(image, block * PAGE) == expected(block)
+    image.write(PAGE, b"x" * PAGE)
+    assert sent(image, PAGE) == b"x" * PAGE
+    image.flush()
+    assert sent(image, PAGE) == b"x" * PAGE
+    image.discard(PAGE, PAGE)
+    assert sent(image, PAGE) == bytes(PAGE)
+
+
+def test_beyond_the_end_nothing_is_sent(image: SealedImage) -> None:
+    assert sent(image, BLOCKS * PAGE) is None
+    image.resize(BLOCKS * PAGE - 512)
+    assert sent(image, (BLOCKS - 1) * PAGE) is None
+
+
+def offset_of(image: SealedImage, block: int) -> int:
+    """Return where a block lies in the file."""
+    reader = image._reader
+    group, index = divmod(block, GEOMETRY.group_blocks)
+    return GEOMETRY.block_offset(reader._tree.slot_of(group), index)
+
+
+def test_what_was_altered_is_never_sent(image: SealedImage) -> None:
+    good = sent(image, 4 * PAGE)
+    assert good == content_of(4)
+    storage = image._storage
+    for block, byte in ((1, 0), (2, PAGE - 1), (5, 2000)):
+        at = offset_of(image, block)
+        raw = bytearray(storage.read(at, PAGE))
+        raw[byte] ^= 1
+        storage.write(at, [raw])
+        assert image.send_block(block * PAGE, -1, HEADER) == UNSURE
+        assert sent(image, block * PAGE) is None
+        with pytest.raises(BlockDamaged):
+            image.read(block * PAGE, PAGE)
+    # One block in the place of another, both good.
+    storage.write(offset_of(image, 7), [storage.read(offset_of(image, 8), PAGE)])
+    assert sent(image, 7 * PAGE) is None
+    assert sent(image, 8 * PAGE) == content_of(8)
+
+
+def test_a_leaf_page_that_was_altered_names_nothing(image: SealedImage) -> None:
+    reader = image._reader
+    slot, place, _ = reader._tree.leaf_source(1)
+    at = GEOMETRY.leaf_offset(slot, place & 1)
+    raw = bytearray(image._storage.read(at, PAGE))
+    raw[12] ^= 1
+    image._storage.write(at, [raw])
+    assert sent(image, 130 * PAGE) is None
+    with pytest.raises(BlockDamaged):
+        image.read(130 * PAGE, PAGE)
+
+
+def test_what_is_not_in_the_page_cache_is_named_and_read_then(image: SealedImage) -> None:
+    fd = image.descriptor
+    asked: list[int] = []
+    found = None
+    for _ in range(5):
+        os.fdatasync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        receiving, sending = os.pipe()
+        code = image.send_block(200 * PAGE, sending, HEADER)
+        while code >= 0:
+            asked.append(code)
+            os.preadv(fd, [bytearray(PAGE)], code)
+            code = image.send_block(200 * PAGE, sending, HEADER)
+        os.close(sending)
+        assert code == SENT
+        found = os.read(receiving, 1 << 16)
+        os.close(receiving)
+        assert found == HEADER + content_of(200)
+        image._reader._cache.discard(200, 1)
+        image._reader._leaves.clear()
+    reader = image._reader
+    slot, place, _ = reader._tree.leaf_source(1)
+    if not asked:
+        pytest.skip("this file system keeps its pages")
+    assert set(asked) <= {offset_of(image, 200), GEOMETRY.leaf_offset(slot, place & 1)}
+
+
+def test_a_descriptor_that_takes_nothing_is_reported(image: SealedImage) -> None:
+    receiving, sending = os.pipe()
+    os.close(receiving)
+    for block in (1, 3):
+        with pytest.raises(BrokenPipeError):
+            image.send_block(block * PAGE, sending, HEADER)
+    os.close(sending)
+
+
+def test_keys_are_let_go_of(image: SealedImage) -> None:
+    assert sent(image, PAGE) == content_of(1)
+    image._reader._cipher.forget()
+    assert not image._reader._cipher.openers
+
+
+# The C module alone.
+
+
+@pytest.mark.parametrize("cut", ["key", "prefix", "leaf"])
+def test_sizes_that_do_not_fit_are_refused(cut: str, tmp_path: Path) -> None:
+    key, prefix, leaf = bytes(32), b"prefix", bytes(PAGE)
+    if cut == "key":
+        key = bytes(31)
+    elif cut == "prefix":
+        prefix = bytes(57)
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        with pytest.raises(ValueError, match="sizes do not fit"):
+            _blockread.Opener(key, prefix).send(fd, 0, 0, leaf, PAGE - 31, fd, b"")
+        with pytest.raises((TypeError, ValueError)):
+            _blockread.Opener(bytes(32), b"").send(fd, 0, 0, leaf, -1, fd, b"")
+        with pytest.raises(TypeError):
+            _blockread.Opener(bytes(32), b"").send(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def test_a_short_file_or_no_file_is_one_to_wait_for(tmp_path: Path) -> None:
+    opener = _blockread.Opener(bytes(32), b"")
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100))
+    fd = os.open(path, os.O_RDONLY)
+    assert opener.send(fd, 0, 0, bytes(PAGE), 0, -1, b"") is None
+    os.close(fd)
+    assert opener.send(fd, 0, 0, bytes(PAGE), 0, -1, b"") is None
+
+
+def test_the_block_is_opened_by_nonce_tag_index_and_prefix(tmp_path: Path) -> None:
+    key, prefix, nonce = os.urandom(32), b"prefix", os.urandom(12)
+    block, plain = 0x0102030405060708, os.urandom(PAGE)
+    data = prefix + block.to_bytes(8, "little")
+    sealed = AESGCM(key).encrypt(nonce, plain, data)
+    entry = nonce + sealed[PAGE:] + (1).to_bytes(4, "little")
+    path = tmp_path / "file"
+    path.write_bytes(sealed[:PAGE])
+    fd = os.open(path, os.O_RDONLY)
+    os.pread(fd, PAGE, 0)
+    out = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    opener = _blockread.Opener(key, prefix)
+    assert opener.send(fd, 0, block, bytes(64) + entry, 64, out, b"head") == plain
+    assert opener.send(fd, 0, block + 1, entry, 0, out, b"head") is False
+    for bit in range(28 * 8):
+        wrong = bytearray(entry)
+        wrong[bit // 8] ^= 1 << bit % 8
+        assert opener.send(fd, 0, block, wrong, 0, out, b"head") is False
+    assert opener.send(fd, 0, block, entry, 0, out, b"head") == plain
+    assert os.pread(out, 1 << 16, 0) == (b"head" + plain) * 2
+    os.close(fd)
+    os.close(out)
+
+
+# Bringing blocks into the page cache.
+
+
+@pytest.mark.parametrize("use_ring", [True, False], ids=["io_uring", "threads"])
+def test_a_fetcher_tells_of_each_read_once(use_ring: bool, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(200 * PAGE))
+    fd = os.open(path, os.O_RDWR)
+
+    async def main() -> None:
+        workers = Workers(3)
+        fetcher: Fetcher[int] = Fetcher(workers, use_ring=use_ring)
+        assert (fetcher._ring is not None) == use_ring
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        for number in range(200):
+            # Beyond the end, and of a file that is not there, as well: told all the same.
+            at = number * PAGE if number % 50 else 10**9
+            assert fetcher.fetch(fd if number % 40 else 10**6, at, number)
+        assert fetcher.count == 200
+        told: list[int] = []
+        with trio.fail_after(20):
+            while fetcher.count:
+                await trio.lowlevel.wait_readable(fetcher.fileno())
+                told += fetcher.done()
+        assert sorted(told) == list(range(200))
+        assert fetcher.done() == []
+        fetcher.close()
+        workers.close()
+
+    trio.run(main)
+    for number in range(1, 200):
+        if number % 50 and number % 40:
+            os.preadv(fd, [bytearray(PAGE)], number * PAGE, os.RWF_NOWAIT)
+    os.close(fd)
+
+
+def test_a_full_ring_says_so_and_a_closed_one_waits_for_what_is_under_way(tmp_path: Path) -> None:
+    ring = fetchers._ring()
+    if ring is None:
+        pytest.skip("the kernel gives no io_uring")
+    receiving, sending = os.pipe()
+    taken = 0
+    while ring.read(receiving, 0, taken):
+        taken += 1
+    assert 64 <= taken <= 1024
+    os.write(sending, b"x" * PAGE * 4)
+    deadline = time.monotonic() + 10
+    told: list[int] = []
+    while not told:
+        told += ring.done()
+        assert time.monotonic() < deadline
+    assert ring.read(receiving, 0, 5000)
+    os.close(sending)  # the others find the end of the file
+    ring.close()
+    ring.close()
+    assert ring.done() == []
+    assert not ring.read(receiving, 0, 1)
+    os.close(receiving)
