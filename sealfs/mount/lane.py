@@ -33,6 +33,7 @@ from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
 from sealfs.mount.fetcher import Fetcher
 from sealfs.mount.handles import SYNC_FLAGS, Handle, Handles
+from sealfs.mount.placement import Placement
 from sealfs.mount.protocol import (
     BODY,
     FALLOCATE_IN,
@@ -56,6 +57,7 @@ from sealfs.mount.relay import Relay
 SPIN_NS = 30_000  # how long to poll before waiting: a wake-up through epoll costs about that
 SPIN_OFF_NS = 1_000_000  # no request for so long: the guest is idle, waiting is free
 DROP_PAGES_WAIT = 0.1  # seconds that a direct write beside buffered readers may be held up
+PID_AT = slice(32, 36)  # of the header of a request: the task that asks
 YIELD_EVERY = 64  # requests served in a row
 BUFFER_SIZE = (1 << 20) + (64 << 10)  # max_write 1 MiB and headers
 REQUEST_SIZE_MAX = 1 << 20
@@ -90,6 +92,8 @@ class Lane:
         self._disks = disks
         self._failures = failures
         self._spin_ns = spin_ns
+        self._placement = Placement()
+        self._waits = 0  # since the placement was looked at
         self._due = False  # another task can go on: yield before spinning
         self._last_request_ns = 0
         self._buffer = mmap.mmap(-1, BUFFER_SIZE)  # plaintext passes here: keep it out of dumps
@@ -114,6 +118,7 @@ class Lane:
             except DeviceGone:
                 log.debug("unmounted: %s", self.served)
             finally:
+                self._placement.leave()
                 # Images are closed next: nothing may be reading one.
                 with trio.CancelScope(shield=True):
                     while self._fetcher.count:
@@ -184,8 +189,14 @@ class Lane:
             await trio.lowlevel.checkpoint()
             return
         now = time.perf_counter_ns()
+        self._waits += 1
+        if self._placement.is_due(now):
+            served = self.served["read"] + self.served["write"]
+            pid = int.from_bytes(self._buffer[PID_AT], "little")
+            self._placement.look(now, pid, served, self._waits)
+            self._waits = 0
         # Spinning takes the interpreter from a worker that seals, and with it the guest's room.
-        is_free = not self._disks.workers.busy_count
+        is_free = not self._disks.workers.busy_count and self._placement.cpu is None
         if is_free and self._spin_ns and now - self._last_request_ns < SPIN_OFF_NS:
             end, poll = now + self._spin_ns, self._poll.poll
             while True:
