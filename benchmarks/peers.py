@@ -36,6 +36,7 @@ class Side:
         directory: where its disks are.
         pid: of its daemon; None where there is none.
         about: version, and how it was started.
+        stored: directory of what it keeps; None where no page cache is behind it.
         status: figures of the daemon, where it has any.
         empties: empties its own caches, without touching the kernel's.
         renews: makes disk0 anew, empty, where truncating it will not do.
@@ -45,6 +46,7 @@ class Side:
     directory: Path
     pid: int | None
     about: str
+    stored: Path | None = None
     status: Callable[[], dict[str, Any]] = field(default=dict)
     empties: Callable[[], None] = field(default=lambda: None)
     renews: Callable[[int], None] | None = None
@@ -172,7 +174,7 @@ def sealfs(scratch: Path, size: int) -> Iterator[Side]:
     ) as pid:
         wait_for(lambda: bool(status()), "the mount to answer")
         about = version_of(str(SEALFS), "--version")
-        yield Side("sealfs", plain, pid, about, status, empties)
+        yield Side("sealfs", plain, pid, about, sealed, status, empties)
 
 
 @contextlib.contextmanager
@@ -185,7 +187,7 @@ def gocryptfs(scratch: Path, size: int) -> Iterator[Side]:
     command = ("gocryptfs", "-q", "-fg", "-passfile", password, cipher, plain)
     with daemon(command, plain, scratch / "log") as pid:
         _make_disks(plain, size)
-        yield Side("gocryptfs", plain, pid, version_of("gocryptfs", "-version"))
+        yield Side("gocryptfs", plain, pid, version_of("gocryptfs", "-version"), cipher)
 
 
 @contextlib.contextmanager
@@ -219,7 +221,8 @@ def luks(scratch: Path, size: int) -> Iterator[Side]:
             side.pid = start()
 
         about = version_of("qemu-storage-daemon", "--version")
-        side = Side("luks", plain, start(), f"{about}, default cache and aio", renews=renew)
+        about = f"{about}, default cache and aio"
+        side = Side("luks", plain, start(), about, cipher, renews=renew)
         yield side
 
 
@@ -246,7 +249,7 @@ def encfs(scratch: Path, size: int) -> Iterator[Side]:
     command = ("encfs", "-f", "--standard", "--stdinpass", cipher, plain)
     with daemon(command, plain, scratch / "log", answers=PASSWORD + "\n") as pid:
         _make_disks(plain, size)
-        yield Side("encfs", plain, pid, f"{version_of('encfs', '--version')}, --standard")
+        yield Side("encfs", plain, pid, f"{version_of('encfs', '--version')}, --standard", cipher)
 
 
 @contextlib.contextmanager
@@ -266,7 +269,7 @@ def cryfs(scratch: Path, size: int) -> Iterator[Side]:
         environment=environment,
     ) as pid:
         _make_disks(plain, size)
-        yield Side("cryfs", plain, pid, version_of("cryfs", "--version"))
+        yield Side("cryfs", plain, pid, version_of("cryfs", "--version"), cipher)
 
 
 @contextlib.contextmanager

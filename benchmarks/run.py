@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 import report
-from load import Figures, fio, make_cold
+from load import Figures, fio, make_cold, make_warm
 from machine import HERE, Failed, environment, guest_level
 from peers import MAKERS, Side
 from rows import PEERS, ROWS, SEALFS, SIDES, Row
@@ -113,8 +113,7 @@ def _measure_job(row: Row, sides: list[Side], *, size: int, seconds: float, pair
     for pair in range(pairs):
         for side in list(working if pair % 2 == 0 else reversed(working)):
             try:
-                if row.is_cold:
-                    make_cold(side)
+                (make_cold if row.is_cold else make_warm)(side)
                 if job == "seqwrite-fill":
                     side.empty_disk(size)
                 figures = fio(job, side, size=size, seconds=seconds, seed=pair + 1)

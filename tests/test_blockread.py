@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import mmap
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -169,10 +173,23 @@ def test_a_descriptor_that_takes_nothing_is_reported(image: SealedImage) -> None
 def test_keys_are_let_go_of(image: SealedImage) -> None:
     assert sent(image, PAGE) == content_of(1)
     image._reader._cipher.forget()
-    assert not image._reader._cipher.openers
+    if (
+        image._reader._cipher.opener is not None
+        and image._reader._send != image._reader._send_plainly
+    ):
+        leaf = image._reader._leaves[0]
+        with pytest.raises(KeyError):
+            image._reader._cipher.opener.send(image.descriptor, 0, 1, leaf, 32, -1, b"")
 
 
 # The C module alone.
+
+
+def opener_of(keys: dict[int, bytes], prefix: bytes) -> Any:
+    opener = _blockread.Opener(prefix)
+    for epoch, key in keys.items():
+        opener.add(epoch, key)
+    return opener
 
 
 @pytest.mark.parametrize("cut", ["key", "prefix", "leaf"])
@@ -185,17 +202,17 @@ def test_sizes_that_do_not_fit_are_refused(cut: str, tmp_path: Path) -> None:
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     try:
         with pytest.raises(ValueError, match="sizes do not fit"):
-            _blockread.Opener(key, prefix).send(fd, 0, 0, leaf, PAGE - 31, fd, b"")
+            opener_of({0: key}, prefix).send(fd, 0, 0, leaf, PAGE - 31, fd, b"")
         with pytest.raises((TypeError, ValueError)):
-            _blockread.Opener(bytes(32), b"").send(fd, 0, 0, leaf, -1, fd, b"")
+            opener_of({0: bytes(32)}, b"").send(fd, 0, 0, leaf, -1, fd, b"")
         with pytest.raises(TypeError):
-            _blockread.Opener(bytes(32), b"").send(fd, 0)
+            opener_of({0: bytes(32)}, b"").send(fd, 0)
     finally:
         os.close(fd)
 
 
 def test_a_short_file_or_no_file_is_one_to_wait_for(tmp_path: Path) -> None:
-    opener = _blockread.Opener(bytes(32), b"")
+    opener = opener_of({0: bytes(32)}, b"")
     path = tmp_path / "file"
     path.write_bytes(bytes(100))
     fd = os.open(path, os.O_RDONLY)
@@ -215,12 +232,18 @@ def test_the_block_is_opened_by_nonce_tag_index_and_prefix(tmp_path: Path) -> No
     fd = os.open(path, os.O_RDONLY)
     os.pread(fd, PAGE, 0)
     out = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
-    opener = _blockread.Opener(key, prefix)
+    epoch = int.from_bytes(nonce[:4], "little")
+    opener = opener_of({epoch ^ 1: os.urandom(32), epoch: key, epoch ^ 2: bytes(32)}, prefix)
     assert opener.send(fd, 0, block, bytes(64) + entry, 64, out, b"head") == plain
     assert opener.send(fd, 0, block + 1, entry, 0, out, b"head") is False
     for bit in range(28 * 8):
         wrong = bytearray(entry)
         wrong[bit // 8] ^= 1 << bit % 8
+        if bit < 32 and bit not in (0, 1):
+            with pytest.raises(KeyError) as unknown:
+                opener.send(fd, 0, block, wrong, 0, out, b"head")
+            assert unknown.value.args == (epoch ^ 1 << bit,)
+            continue
         assert opener.send(fd, 0, block, wrong, 0, out, b"head") is False
     assert opener.send(fd, 0, block, entry, 0, out, b"head") == plain
     assert os.pread(out, 1 << 16, 0) == (b"head" + plain) * 2
@@ -287,3 +310,34 @@ def test_a_full_ring_says_so_and_a_closed_one_waits_for_what_is_under_way(tmp_pa
     assert ring.done() == []
     assert not ring.read(receiving, 0, 1)
     os.close(receiving)
+
+
+# Waiting for a request.
+
+
+@pytest.mark.parametrize("name", ["_spin", "spin"])
+def test_a_spinning_read_takes_what_comes_and_tells_of_others(name: str) -> None:
+    module = importlib.import_module(f"sealfs.mount.{name}")
+    buffer = mmap.mmap(-1, 1 << 16)
+    mine, theirs = os.pipe2(os.O_NONBLOCK)
+    other, their_other = os.pipe()
+    start = time.monotonic_ns()
+    assert module.spin_read(mine, buffer, (other,), 3_000_000) == -1
+    assert time.monotonic_ns() - start >= 3_000_000
+    timer = threading.Timer(0.05, os.write, (theirs, b"request"))
+    timer.start()
+    assert module.spin_read(mine, buffer, (other,), 10**10) == 7
+    assert buffer[:7] == b"request"
+    timer = threading.Timer(0.05, os.write, (their_other, b"x"))
+    timer.start()
+    assert module.spin_read(mine, buffer, (other,), 10**10) == -2
+    os.write(theirs, b"more")
+    assert module.spin_read(mine, buffer, (), 10**10) == 4
+    os.close(theirs)
+    assert module.spin_read(mine, buffer, (), 10**10) == 0
+    os.close(mine)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        module.spin_read(mine, buffer, (), 10**10)
+    for fd in (other, their_other):
+        os.close(fd)
+    buffer.close()

@@ -129,9 +129,9 @@ class BlockCipher:
         """The key of each epoch that was met."""
         self._decrypts: dict[bytes, Callable[[bytes, Buffer, bytes], bytes]] = {}
         """The decrypt of an epoch's key, by the epoch as it stands in a nonce."""
-        self.openers: dict[int, Opener] = {}
-        """Those that `opener` has made, by epoch."""
         self._prefix = MAGICS["block"] + uuid
+        self.opener = None if Opener is None else Opener(self._prefix)
+        """Opens and sends blocks of the epochs that `teach` was called for; the owner's thread."""
         self._on_seal = on_seal
         self._epoch = 0
         self._counter = 0
@@ -159,7 +159,8 @@ class BlockCipher:
         self._image_keys.clear()
         self._keys.clear()
         self._decrypts.clear()
-        self.openers.clear()
+        if self.opener is not None:
+            self.opener.forget()
 
     def begin_epoch(self, row: EpochRow) -> None:
         """Seal under this row from now on; it must be fresh and durable."""
@@ -219,18 +220,14 @@ class BlockCipher:
         except InvalidTag:
             raise self._damaged(block) from None
 
-    def opener(self, block: int, epoch: int) -> Opener | None:
-        """Return what opens and sends blocks of an epoch; None where it could not be built.
-
-        For the owner's thread only.
+    def teach(self, block: int, epoch: int) -> None:
+        """Give `opener` the key of an epoch.
 
         Raises:
             BlockDamaged: `block` names an epoch that the image does not have.
         """
-        if Opener is None:
-            return None
-        opener = self.openers[epoch] = Opener(self._key_of_block(block, epoch), self._prefix)
-        return opener
+        assert self.opener is not None
+        self.opener.add(epoch, self._key_of_block(block, epoch))
 
     def open_blocks(self, first: int, run: memoryview, entries: Buffer) -> None:
         """Open a run of present blocks, in place.

@@ -58,7 +58,11 @@ class Committer:
                 slot = self.reserved.get(group, NO_SLOT)
                 if slot == NO_SLOT:
                     slot = self.reserve_slot(group)
-            elif part < self._geometry.group_blocks and tree.leaf(group) is None:
+            elif (
+                part < self._geometry.group_blocks
+                and tree.leaf(group) is None
+                and self._reader.leaf_at_hand(group)[0] is None
+            ):
                 return False
             volume.space.reserve(slot, index, part)
         return True

@@ -22,7 +22,7 @@ from sealfs.image import check, recovery
 from sealfs.image import identity as identities
 from sealfs.image.cache import BlockCache
 from sealfs.image.cipher import SealHook
-from sealfs.image.committer import Committer
+from sealfs.image.committer import SMALL_COMMIT_BLOCKS, Committer
 from sealfs.image.format import Anchor, Identity
 from sealfs.image.layout import (
     BLOCK_SIZE,
@@ -39,6 +39,7 @@ from sealfs.image.storage import Storage, execute
 from sealfs.image.tree import NO_SLOT
 from sealfs.image.volume import FREED_SLOTS_MAX, REPLAY_PAGES_MAX, Volume
 
+HEAD_PAGES_MAX = 2  # of the record of a small commit
 PREALLOCATE_GROUPS = 64
 """Groups that get their slots in one record."""
 
@@ -421,6 +422,14 @@ class SealedImage:
         self._check_flushable()
         self.oldest_dirty = None
         yield from self._guarded(self._committer.commit_dirty_steps(self.size))
+
+    @property
+    def is_quick_to_flush(self) -> bool:
+        """Whether flushing is one small record, with no checkpoint before it."""
+        count = len(self._cache.dirty)
+        if count > SMALL_COMMIT_BLOCKS or self.poisoned is not None or self.read_only:
+            return False
+        return not self._volume.cipher.is_spent and self._volume.has_room(count + HEAD_PAGES_MAX)
 
     def checkpoint_steps(self) -> Steps[None]:
         """Write the tree, free the journal, punch what was discarded, exclusive."""

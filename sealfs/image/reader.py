@@ -8,7 +8,6 @@ so such a read fails, is found outdated, and is repeated: never wrong.
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
@@ -33,7 +32,9 @@ ATTEMPTS_MAX = 16
 """A read that meets a commit again and again gives up in the end, rather than spin."""
 
 _ZERO_BLOCK = bytes(BLOCK_SIZE)
-_EPOCH = struct.Struct("<I")
+
+SendBlock = Callable[[int, int, int, bytearray, int, int, bytes], bytes | Literal[False] | None]
+"""As `Opener.send`."""
 
 Piece = tuple[int, int, int, int, int, bytes | None, tuple[int, int, bytes]]
 """(position in the answer, group, index, count, slot, entries or None, leaf source)."""
@@ -57,7 +58,9 @@ class Reader:
         self._first_home, self._slot_size = geometry.block_offset(0, 0), geometry.slot_size
         self._level1, self._leaves = volume.tree.nodes[1], volume.tree.leaves
         self._lost = volume.tree.lost
-        self._descriptor, self._openers = volume.storage.fileno(), volume.cipher.openers
+        self._descriptor, opener = volume.storage.fileno(), volume.cipher.opener
+        has_opener = opener is not None and self._descriptor >= 0
+        self._send: SendBlock = opener.send if opener and has_opener else self._send_plainly
         self._scratch = bytearray(BLOCK_SIZE + TAG_SIZE)
         self._scratch_view = memoryview(self._scratch)[:BLOCK_SIZE]
 
@@ -98,7 +101,7 @@ class Reader:
             return UNSURE
         leaf = self._leaves.get(group)
         if leaf is None:
-            leaf, missing = self._leaf_at_hand(group)
+            leaf, missing = self.leaf_at_hand(group)
             if leaf is None:
                 return missing
         at = index * ENTRY_SIZE
@@ -106,36 +109,37 @@ class Reader:
             os.writev(out_fd, (header, _ZERO_BLOCK))
             return SENT
         offset = self._first_home + node.slots[i] * self._slot_size + index * BLOCK_SIZE
-        opener = self._openers.get(_EPOCH.unpack_from(leaf, at)[0])
-        if opener is None:
-            sent = self._send_otherwise(block, offset, leaf, at, out_fd, header)
-        else:
-            sent = opener.send(self._descriptor, offset, block, leaf, at, out_fd, header)
+        try:
+            sent = self._send(self._descriptor, offset, block, leaf, at, out_fd, header)
+        except KeyError as exc:
+            (epoch,) = exc.args
+            try:
+                self._cipher.teach(block, epoch)
+            except BlockDamaged:
+                return UNSURE
+            sent = self._send(self._descriptor, offset, block, leaf, at, out_fd, header)
         if not sent:
             # What does not authenticate: blocks_steps tells damage from a commit that came between.
             return UNSURE if sent is False else offset
         cache.put_clean(block, sent)
         return SENT
 
-    def _send_otherwise(
-        self, block: int, offset: int, leaf: bytearray, at: int, out_fd: int, header: bytes
-    ) -> bytes | Literal[False] | None:
-        """As `Opener.send`, without one: an epoch that is met first, or no such module."""
+    def _send_plainly(
+        self, fd: int, offset: int, block: int, leaf: bytearray, at: int, out_fd: int,
+        header: bytes,
+    ) -> bytes | Literal[False] | None:  # fmt: skip
+        """As `Opener.send`, where that was not built, or there is no file but a simulated disk."""
         nonce, tag, _ = ENTRY_PARTS.unpack_from(leaf, at)
+        if not self._storage.read_nowait(offset, self._scratch_view):
+            return None
         try:
-            if self._descriptor >= 0:
-                opener = self._cipher.opener(block, _EPOCH.unpack_from(leaf, at)[0])
-                if opener is not None:
-                    return opener.send(self._descriptor, offset, block, leaf, at, out_fd, header)
-            if not self._storage.read_nowait(offset, self._scratch_view):
-                return None
             content = self._cipher.open_block(block, self._scratch, nonce, tag)
         except BlockDamaged:
             return False
         os.writev(out_fd, (header, content))
         return content
 
-    def _leaf_at_hand(self, group: int) -> tuple[bytearray | None, int]:
+    def leaf_at_hand(self, group: int) -> tuple[bytearray | None, int]:
         """Return a group's leaf page if the page cache has it; else what `send_block` returns."""
         slot, hint, mac = self._tree.leaf_source(group)
         offset, page = self._geometry.leaf_offset(slot, hint & 1), bytearray(BLOCK_SIZE)

@@ -246,6 +246,15 @@ class Volume:
 
     # -- commit (FORMAT.md 8.2)
 
+    def has_room(self, page_count: int, full_group_count: int = 0) -> bool:
+        """Whether a record of that length can be written without a checkpoint before it."""
+        return (
+            self.journal.place(page_count) is not None
+            and self.journal.used_pages + page_count <= REPLAY_PAGES_MAX
+            and self.tree.changed_leaf_count <= LEAVES_MAX
+            and self.allocator.freed_count + full_group_count <= FREED_SLOTS_MAX
+        )
+
     def commit_steps(self, batch: Batch, frames: Frames) -> Steps[None]:
         """Make a batch durable with one record, apply it, and write inline blocks home.
 
@@ -255,15 +264,9 @@ class Volume:
         """
         if self.cipher.is_spent:
             yield from self.checkpoint_steps(new_epoch=True)
-        page = self.journal.place(batch.page_count())
-        if (
-            page is None
-            or self.journal.used_pages + batch.page_count() > REPLAY_PAGES_MAX
-            or self.tree.changed_leaf_count > LEAVES_MAX
-            or self.allocator.freed_count + len(batch.full_groups) > FREED_SLOTS_MAX
-        ):
+        if not self.has_room(batch.page_count(), len(batch.full_groups)):
             yield from self.checkpoint_steps()
-            page = self.journal.place(batch.page_count())
+        page = self.journal.place(batch.page_count())
         assert page is not None, "a record is at most half the journal"
         start = page
         if self._record_roots:

@@ -24,6 +24,11 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+try:
+    from sealfs.mount._spin import spin_read
+except ImportError:  # it could not be built here
+    from sealfs.mount.spin import spin_read
+
 from sealfs.image.layout import BLOCK_SIZE
 from sealfs.image.plan import Buffer
 from sealfs.image.reader import SENT, UNSURE
@@ -33,7 +38,6 @@ from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
 from sealfs.mount.fetcher import Fetcher
 from sealfs.mount.handles import SYNC_FLAGS, Handle, Handles
-from sealfs.mount.placement import Placement
 from sealfs.mount.protocol import (
     BODY,
     FALLOCATE_IN,
@@ -57,11 +61,13 @@ from sealfs.mount.relay import Relay
 SPIN_NS = 30_000  # how long to poll before waiting: a wake-up through epoll costs about that
 SPIN_OFF_NS = 1_000_000  # no request for so long: the guest is idle, waiting is free
 DROP_PAGES_WAIT = 0.1  # seconds that a direct write beside buffered readers may be held up
-PID_AT = slice(32, 36)  # of the header of a request: the task that asks
+COUNT_NS = 10_000_000  # between two counts of how many requests come at once
+RUN_MAX = 2  # requests in a row, on average: a quick guest has asked again before the lane looks
 YIELD_EVERY = 64  # requests served in a row
 BUFFER_SIZE = (1 << 20) + (64 << 10)  # max_write 1 MiB and headers
 REQUEST_SIZE_MAX = 1 << 20
 BLOCK_OUT = OUT_HEADER.size + BLOCK_SIZE
+BLOCK_MASK = BLOCK_SIZE - 1
 TRIES_MAX = 3  # a block and its leaf page, and one that went again meanwhile
 
 _pack = OUT_HEADER.pack
@@ -92,8 +98,9 @@ class Lane:
         self._disks = disks
         self._failures = failures
         self._spin_ns = spin_ns
-        self._placement = Placement()
-        self._waits = 0  # since the placement was looked at
+        self._requests = self._runs = 0  # since the last count
+        self._count_until_ns = 0
+        self._is_lone = False  # there is one guest, which waits for each answer
         self._due = False  # another task can go on: yield before spinning
         self._last_request_ns = 0
         self._buffer = mmap.mmap(-1, BUFFER_SIZE)  # plaintext passes here: keep it out of dumps
@@ -101,9 +108,7 @@ class Lane:
         self._view = memoryview(self._buffer)
         self._fetcher: Fetcher[tuple[int, Disk, int, int]] = Fetcher(disks.workers)
         """Reads of one block that wait for the disk: (unique, disk, offset, tries)."""
-        self._poll = select.poll()
-        for fd in (device_fd, self._fetcher.fileno(), relay.fileno(), disks.workers.wake_fd):
-            self._poll.register(fd, select.POLLIN)
+        self._others = (self._fetcher.fileno(), relay.fileno(), disks.workers.wake_fd)
         self._either = select.epoll(sizehint=2)  # what trio waits for: the device or the fetcher
         for fd in (device_fd, self._fetcher.fileno()):
             self._either.register(fd, select.EPOLLIN)
@@ -118,7 +123,6 @@ class Lane:
             except DeviceGone:
                 log.debug("unmounted: %s", self.served)
             finally:
-                self._placement.leave()
                 # Images are closed next: nothing may be reading one.
                 with trio.CancelScope(shield=True):
                     while self._fetcher.count:
@@ -137,9 +141,12 @@ class Lane:
             try:
                 count = readv(fd, buffers)
             except BlockingIOError:
-                await self._wait()
+                self._requests += in_a_row
+                self._runs += in_a_row > 0
                 in_a_row = 0
-                continue
+                count = await self._wait()
+                if count < 0:
+                    continue
             except OSError as exc:
                 if exc.errno == errno.ENODEV:
                     raise DeviceGone from None
@@ -151,8 +158,6 @@ class Lane:
                     raise DeviceGone
                 log.error("a request of %d bytes is shorter than its header", count)
                 continue
-            if self._fetcher.count:
-                self._read_again()
             length, opcode, unique = unpack(buffer)
             try:
                 if length != count:
@@ -178,46 +183,45 @@ class Lane:
                 self._answer_error(unique, self._failures.errno_of(exc))
             in_a_row += 1
             if in_a_row >= YIELD_EVERY:
+                self._requests += in_a_row
                 in_a_row = 0
+                self._read_again()
                 self._due = False
                 await trio.lowlevel.checkpoint()
 
-    async def _wait(self) -> None:
-        """Return when the device is likely readable; poll a while first if the guest is busy."""
+    async def _wait(self) -> int:
+        """Wait for a request; ask again and again for a while first if the guest is busy.
+
+        Return its size, or -1 when the device is worth another look.
+        """
         if self._due:
             self._due = False
             await trio.lowlevel.checkpoint()
-            return
+            return -1
         now = time.perf_counter_ns()
-        self._waits += 1
-        if self._placement.is_due(now):
-            served = self.served["read"] + self.served["write"]
-            pid = int.from_bytes(self._buffer[PID_AT], "little")
-            self._placement.look(now, pid, served, self._waits)
-            self._waits = 0
+        if now > self._count_until_ns:
+            self._is_lone = self._requests <= self._runs * RUN_MAX
+            self._requests = self._runs = 0
+            self._count_until_ns = now + COUNT_NS
         # Spinning takes the interpreter from a worker that seals, and with it the guest's room.
-        is_free = not self._disks.workers.busy_count and self._placement.cpu is None
+        is_free = not self._disks.workers.busy_count
         if is_free and self._spin_ns and now - self._last_request_ns < SPIN_OFF_NS:
-            end, poll = now + self._spin_ns, self._poll.poll
-            while True:
-                ready = poll(0)
-                if ready:
-                    numbers = [fd for fd, _ in ready]
-                    if self._fetcher.fileno() in numbers:
-                        self._read_again()
-                        numbers.remove(self._fetcher.fileno())
-                    if self._fd not in numbers and numbers:
-                        await trio.lowlevel.checkpoint()
-                    elif len(numbers) > 1:
-                        self._due = True
-                    self._last_request_ns = time.perf_counter_ns()
-                    return
-                if time.perf_counter_ns() > end:
-                    break
+            try:
+                count = spin_read(self._fd, self._buffer, self._others, self._spin_ns)
+            except OSError:
+                count = -1  # the next read meets it again
+            if count >= 0:
+                self._last_request_ns = now
+                return count
+            if count == -2:
+                if not self._read_again():
+                    await trio.lowlevel.checkpoint()
+                self._last_request_ns = now
+                return -1
         await trio.lowlevel.wait_readable(self._either.fileno())
-        if self._fetcher.count:
-            self._read_again()
+        self._read_again()
         self._last_request_ns = time.perf_counter_ns()
+        return -1
 
     # Requests, served at once or by a task.
 
@@ -231,37 +235,43 @@ class Lane:
             self._answer_error(unique, errno.EBADF)
         elif offset > OFFSET_MAX - size or size > REQUEST_SIZE_MAX:
             self._answer_error(unique, errno.EINVAL)
-        elif size == BLOCK_SIZE and not offset % BLOCK_SIZE:
-            self._read_block(unique, handle.disk, offset)
+        elif size == BLOCK_SIZE and not offset & BLOCK_MASK and handle.disk.image is not None:
+            try:
+                missing = handle.disk.image.send_block(
+                    offset, self._fd, _pack(BLOCK_OUT, 0, unique)
+                )
+            except OSError as exc:
+                _not_taken(exc)
+                return
+            except Exception as exc:
+                self._fail(unique, handle.disk, exc)
+                return
+            if missing != SENT:
+                self._bring(unique, handle.disk, offset, missing)
         else:
             self._read_bytes(unique, handle.disk, offset, size)
 
-    def _read_block(self, unique: int, disk: Disk, offset: int, tries: int = 0) -> None:
-        """Answer with one block; where it is not in memory, have it brought there first."""
-        image = disk.opened
-        try:
-            missing = image.send_block(offset, self._fd, _pack(BLOCK_OUT, 0, unique))
-        except OSError as exc:
-            _not_taken(exc)
-            return
-        except Exception as exc:
-            self._fail(unique, disk, exc)
-            return
-        if missing == SENT:
-            return
-        if missing != UNSURE and tries < TRIES_MAX:
+    def _bring(self, unique: int, disk: Disk, offset: int, missing: int, tries: int = 1) -> None:
+        """Have brought into memory what a block's answer lacks, or go the long way."""
+        if missing != UNSURE and tries <= TRIES_MAX:
             self.served["cold"] += 1
-            if self._fetcher.fetch(image.descriptor, missing, (unique, disk, offset, tries + 1)):
+            if self._fetcher.fetch(disk.opened.descriptor, missing, (unique, disk, offset, tries)):
                 return
         self._read_bytes(unique, disk, offset, BLOCK_SIZE)
 
-    def _read_again(self) -> None:
-        """Go on with the blocks that are in memory now."""
-        for unique, disk, offset, tries in self._fetcher.done():
+    def _read_again(self) -> bool:
+        """Go on with the blocks that are in memory now; return whether there were any."""
+        found = self._fetcher.done() if self._fetcher.count else []
+        for unique, disk, offset, tries in found:
             try:
-                self._read_block(unique, disk, offset, tries)
+                missing = disk.opened.send_block(offset, self._fd, _pack(BLOCK_OUT, 0, unique))
+                if missing != SENT:
+                    self._bring(unique, disk, offset, missing, tries + 1)
+            except OSError as exc:
+                _not_taken(exc)
             except Exception as exc:
                 self._fail(unique, disk, exc)
+        return bool(found)
 
     def _read_bytes(self, unique: int, disk: Disk, offset: int, size: int) -> None:
         try:
@@ -345,8 +355,23 @@ class Lane:
             return
         if handle.disk.is_settled():
             self._answer_error(unique, 0)
+        elif self._flushed_here(unique, handle.disk):
+            return
         else:
             self._start(unique, handle.disk, self._flush, handle.disk)
+
+    def _flushed_here(self, unique: int, disk: Disk) -> bool:
+        """Flush and answer at once, where nobody else waits; False where it is a task's to do."""
+        if not self._is_lone or self._disks.workers.busy_count:
+            return False
+        try:
+            if not disk.flush_here():
+                return False
+        except Exception as exc:
+            self._fail(unique, disk, exc)
+        else:
+            self._answer_error(unique, 0)
+        return True
 
     async def _flush(self, disk: Disk) -> Buffer:
         await disk.flush()

@@ -1,0 +1,3 @@
+from mmap import mmap
+
+def spin_read(fd: int, buffer: mmap, others: tuple[int, ...], nanoseconds: int, /) -> int: ...
