@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sealfs.errors import KeyRefused
 from sealfs.image.format import Anchor
-from sealfs.image.reader import SENT
+from sealfs.image.reader import SENT, UNSURE
 from sealfs.keys import ledger as ledgers
 from sealfs.keys.ledger import Ledger
 from sealfs.keys.registry import Registry, RegistryFile
@@ -181,6 +181,7 @@ class FakeImage:
         self.uuid = bytes(16)
         self.is_dirty = False
         self.poisoned = None
+        self.is_quick_to_flush = False
         self.read_only = False
         self.progress = Anchor(0, bytes(16))
         self.oldest_dirty = None
@@ -196,8 +197,10 @@ class FakeImage:
         self._view[offset : offset + len(data)] = data
         return True
 
-    def send_block(self, offset: int, out_fd: int, header: bytes) -> int:
-        os.writev(out_fd, (header, self._view[offset : offset + 4096]))
+    def send_blocks(self, offset: int, size: int, out_fd: int, header: bytes) -> int:
+        if offset + size > self.size:
+            return UNSURE
+        os.writev(out_fd, (header, self._view[offset : offset + size]))
         return SENT
 
     def read_steps(self, offset: int, size: int) -> Any:

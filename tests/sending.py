@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 from sealfs.image.image import SealedImage
+from sealfs.image.layout import BLOCK_SIZE
 from sealfs.image.reader import SENT
 
 HEADER = b"sixteen bytes..."
 
 
-def sent(image: SealedImage, offset: int) -> bytes | None:
-    """Return what `send_block` sends of the block at `offset`; None where it sends nothing."""
+def sent(image: SealedImage, offset: int, size: int = BLOCK_SIZE) -> bytes | None:
+    """Return what `send_blocks` sends from `offset` on; None where it sends nothing."""
     receiving, sending = os.pipe2(os.O_NONBLOCK)
+    fcntl.fcntl(sending, fcntl.F_SETPIPE_SZ, 1 << 18)
     try:
-        code = image.send_block(offset, sending, HEADER)
+        code = image.send_blocks(offset, size, sending, HEADER)
         os.close(sending)
         sending = -1
-        found = os.read(receiving, 1 << 16)
+        found = os.read(receiving, 1 << 20)
     finally:
         for fd in (receiving, sending):
             if fd >= 0:

@@ -90,6 +90,40 @@ def test_every_block_is_sent_as_it_was_written(image: SealedImage) -> None:
     assert sent(image, PAGE) == bytes(PAGE)
 
 
+def test_runs_are_sent_whole_or_not_at_all(image: SealedImage) -> None:
+    for first, count in ((1, 2), (4, 2), (127, 2), (0, 2), (1, 3), (130, 2), (298, 2), (298, 3)):
+        blocks = range(first, first + count)
+        found = sent(image, first * PAGE, count * PAGE)
+        is_whole = all(block % 3 for block in blocks) and first // 128 == blocks[-1] // 128
+        whole = b"".join(map(expected, blocks))
+        assert found == (whole if is_whole and blocks[-1] < BLOCKS else None), (first, count)
+    for block in range(128, 160):
+        image.write(block * PAGE, content_of(1000 + block))
+    assert sent(image, 128 * PAGE, 32 * PAGE) is None  # dirty
+    image.flush()
+    whole = b"".join(content_of(1000 + block) for block in range(128, 160))
+    assert sent(image, 128 * PAGE, 32 * PAGE) == whole  # of two epochs' keys with what follows
+    image.write(159 * PAGE, b"y" * PAGE)
+    assert sent(image, 128 * PAGE, 32 * PAGE) is None
+    assert sent(image, 128 * PAGE, 31 * PAGE) == whole[: 31 * PAGE]
+    image.discard(0, BLOCKS * PAGE)
+    assert sent(image, 0, 32 * PAGE) == bytes(32 * PAGE)
+
+
+def test_one_bad_block_of_a_run_holds_back_all(image: SealedImage) -> None:
+    for block in range(64, 96):
+        image.write(block * PAGE, content_of(block))
+    image.flush()
+    assert sent(image, 64 * PAGE, 32 * PAGE) == b"".join(map(content_of, range(64, 96)))
+    for block in (64, 80, 95):
+        at = offset_of(image, block)
+        good = image._storage.read(at, PAGE)
+        image._storage.write(at, [good[:-1] + bytes([good[-1] ^ 1])])
+        assert sent(image, 64 * PAGE, 32 * PAGE) is None
+        image._storage.write(at, [good])
+    assert sent(image, 64 * PAGE, 32 * PAGE) == b"".join(map(content_of, range(64, 96)))
+
+
 def test_beyond_the_end_nothing_is_sent(image: SealedImage) -> None:
     assert sent(image, BLOCKS * PAGE) is None
     image.resize(BLOCKS * PAGE - 512)
@@ -112,7 +146,7 @@ def test_what_was_altered_is_never_sent(image: SealedImage) -> None:
         raw = bytearray(storage.read(at, PAGE))
         raw[byte] ^= 1
         storage.write(at, [raw])
-        assert image.send_block(block * PAGE, -1, HEADER) == UNSURE
+        assert image.send_blocks(block * PAGE, PAGE, -1, HEADER) == UNSURE
         assert sent(image, block * PAGE) is None
         with pytest.raises(BlockDamaged):
             image.read(block * PAGE, PAGE)
@@ -142,11 +176,11 @@ def test_what_is_not_in_the_page_cache_is_named_and_read_then(image: SealedImage
         os.fdatasync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         receiving, sending = os.pipe()
-        code = image.send_block(200 * PAGE, sending, HEADER)
+        code = image.send_blocks(200 * PAGE, PAGE, sending, HEADER)
         while code >= 0:
             asked.append(code)
             os.preadv(fd, [bytearray(PAGE)], code)
-            code = image.send_block(200 * PAGE, sending, HEADER)
+            code = image.send_blocks(200 * PAGE, PAGE, sending, HEADER)
         os.close(sending)
         assert code == SENT
         found = os.read(receiving, 1 << 16)
@@ -166,7 +200,7 @@ def test_a_descriptor_that_takes_nothing_is_reported(image: SealedImage) -> None
     os.close(receiving)
     for block in (1, 3):
         with pytest.raises(BrokenPipeError):
-            image.send_block(block * PAGE, sending, HEADER)
+            image.send_blocks(block * PAGE, PAGE, sending, HEADER)
     os.close(sending)
 
 
@@ -179,7 +213,7 @@ def test_keys_are_let_go_of(image: SealedImage) -> None:
     ):
         leaf = image._reader._leaves[0]
         with pytest.raises(KeyError):
-            image._reader._cipher.opener.send(image.descriptor, 0, 1, leaf, 32, -1, b"")
+            image._reader._cipher.opener.send(image.descriptor, 0, 1, 1, leaf, 32, -1, b"")
 
 
 # The C module alone.
@@ -202,9 +236,9 @@ def test_sizes_that_do_not_fit_are_refused(cut: str, tmp_path: Path) -> None:
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     try:
         with pytest.raises(ValueError, match="sizes do not fit"):
-            opener_of({0: key}, prefix).send(fd, 0, 0, leaf, PAGE - 31, fd, b"")
+            opener_of({0: key}, prefix).send(fd, 0, 0, 1, leaf, PAGE - 31, fd, b"")
         with pytest.raises((TypeError, ValueError)):
-            opener_of({0: bytes(32)}, b"").send(fd, 0, 0, leaf, -1, fd, b"")
+            opener_of({0: bytes(32)}, b"").send(fd, 0, 0, 1, leaf, -1, fd, b"")
         with pytest.raises(TypeError):
             opener_of({0: bytes(32)}, b"").send(fd, 0)
     finally:
@@ -216,9 +250,9 @@ def test_a_short_file_or_no_file_is_one_to_wait_for(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(100))
     fd = os.open(path, os.O_RDONLY)
-    assert opener.send(fd, 0, 0, bytes(PAGE), 0, -1, b"") is None
+    assert opener.send(fd, 0, 0, 1, bytes(PAGE), 0, -1, b"") is None
     os.close(fd)
-    assert opener.send(fd, 0, 0, bytes(PAGE), 0, -1, b"") is None
+    assert opener.send(fd, 0, 0, 1, bytes(PAGE), 0, -1, b"") is None
 
 
 def test_the_block_is_opened_by_nonce_tag_index_and_prefix(tmp_path: Path) -> None:
@@ -234,18 +268,18 @@ def test_the_block_is_opened_by_nonce_tag_index_and_prefix(tmp_path: Path) -> No
     out = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     epoch = int.from_bytes(nonce[:4], "little")
     opener = opener_of({epoch ^ 1: os.urandom(32), epoch: key, epoch ^ 2: bytes(32)}, prefix)
-    assert opener.send(fd, 0, block, bytes(64) + entry, 64, out, b"head") == plain
-    assert opener.send(fd, 0, block + 1, entry, 0, out, b"head") is False
+    assert opener.send(fd, 0, block, 1, bytes(64) + entry, 64, out, b"head") == plain
+    assert opener.send(fd, 0, block + 1, 1, entry, 0, out, b"head") is False
     for bit in range(28 * 8):
         wrong = bytearray(entry)
         wrong[bit // 8] ^= 1 << bit % 8
         if bit < 32 and bit not in (0, 1):
             with pytest.raises(KeyError) as unknown:
-                opener.send(fd, 0, block, wrong, 0, out, b"head")
+                opener.send(fd, 0, block, 1, wrong, 0, out, b"head")
             assert unknown.value.args == (epoch ^ 1 << bit,)
             continue
-        assert opener.send(fd, 0, block, wrong, 0, out, b"head") is False
-    assert opener.send(fd, 0, block, entry, 0, out, b"head") == plain
+        assert opener.send(fd, 0, block, 1, wrong, 0, out, b"head") is False
+    assert opener.send(fd, 0, block, 1, entry, 0, out, b"head") == plain
     assert os.pread(out, 1 << 16, 0) == (b"head" + plain) * 2
     os.close(fd)
     os.close(out)
@@ -269,7 +303,7 @@ def test_a_fetcher_tells_of_each_read_once(use_ring: bool, tmp_path: Path) -> No
         for number in range(200):
             # Beyond the end, and of a file that is not there, as well: told all the same.
             at = number * PAGE if number % 50 else 10**9
-            assert fetcher.fetch(fd if number % 40 else 10**6, at, number)
+            assert fetcher.fetch(fd if number % 40 else 10**6, at, PAGE * (1 + number % 32), number)
         assert fetcher.count == 200
         told: list[int] = []
         with trio.fail_after(20):
@@ -294,7 +328,7 @@ def test_a_full_ring_says_so_and_a_closed_one_waits_for_what_is_under_way(tmp_pa
         pytest.skip("the kernel gives no io_uring")
     receiving, sending = os.pipe()
     taken = 0
-    while ring.read(receiving, 0, taken):
+    while ring.read(receiving, 0, PAGE, taken):
         taken += 1
     assert 64 <= taken <= 1024
     os.write(sending, b"x" * PAGE * 4)
@@ -303,12 +337,12 @@ def test_a_full_ring_says_so_and_a_closed_one_waits_for_what_is_under_way(tmp_pa
     while not told:
         told += ring.done()
         assert time.monotonic() < deadline
-    assert ring.read(receiving, 0, 5000)
+    assert ring.read(receiving, 0, PAGE, 5000)
     os.close(sending)  # the others find the end of the file
     ring.close()
     ring.close()
     assert ring.done() == []
-    assert not ring.read(receiving, 0, 1)
+    assert not ring.read(receiving, 0, PAGE, 1)
     os.close(receiving)
 
 

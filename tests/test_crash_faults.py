@@ -384,8 +384,9 @@ class WideSession(Session):
         if bytes(found) != self.oracle.latest()[offset : offset + size]:
             raise self.lab.fail(self.recipe, f"other bytes at {offset}")
         block = offset // PAGE * PAGE
-        content = sent(self.image, block)
-        if content is not None and content != self.oracle.latest()[block : block + PAGE]:
+        length = PAGE * (1 + offset // PAGE % 3)
+        content = sent(self.image, block, length)
+        if content is not None and content != self.oracle.latest()[block : block + length]:
             raise self.lab.fail(self.recipe, f"other bytes sent of the block at {block}")
 
     def seek_everything(self) -> None:

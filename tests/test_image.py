@@ -244,7 +244,8 @@ class Scheduler:
         content: Any = None
         if size >= PAGE and self.rng.random() < 0.7:
             first = offset // PAGE * (PAGE // SECTOR)  # as the lane answers most reads
-            content = sent(self.image, first * SECTOR)
+            count = 1 + self.rng.randrange(3)
+            content = sent(self.image, first * SECTOR, count * PAGE)
         else:
             content = self.image.try_read(offset, size)
         if content is None:

@@ -1,4 +1,4 @@
-/* Read one block from the page cache, open it and send it on, in one call (FORMAT.md 3.3).
+/* Read blocks from the page cache, open them and send them on, in one call (FORMAT.md 3.3).
  *
  * The hot path of a guest that reads at random: each call from Python that is saved is a part of
  * what the guest waits for. The interpreter is kept all the while: nothing here waits for a disk,
@@ -21,6 +21,7 @@
 #define TAG_SIZE 16
 #define KEY_SIZE 32
 #define PREFIX_MAX 56
+#define BLOCKS_MAX 32
 
 typedef struct {
     uint32_t epoch;
@@ -34,7 +35,7 @@ typedef struct {
     unsigned char aad[PREFIX_MAX + 8];
     int prefix_size;
     /* Hot, unlike a new object for each block; plaintext, so it is wiped in the end. */
-    unsigned char block[BLOCK_SIZE];
+    unsigned char blocks[BLOCKS_MAX * BLOCK_SIZE];
 } Opener;
 
 static void forget_keys(Opener *self)
@@ -44,7 +45,7 @@ static void forget_keys(Opener *self)
     PyMem_Free(self->keys);
     self->keys = NULL;
     self->count = 0;
-    OPENSSL_cleanse(self->block, BLOCK_SIZE);
+    OPENSSL_cleanse(self->blocks, sizeof(self->blocks));
 }
 
 static void opener_dealloc(Opener *self)
@@ -113,7 +114,7 @@ end:
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(forget_doc, "forget()\n\nWipe all keys, and the block that was read last.");
+PyDoc_STRVAR(forget_doc, "forget()\n\nWipe all keys, and what was read last.");
 
 static PyObject *opener_forget(PyObject *object, PyObject *unused)
 {
@@ -138,10 +139,9 @@ static EVP_CIPHER_CTX *find_key(Opener *self, const unsigned char *entry)
 
 /* Returns 1, or 0 where the block does not authenticate. In place. */
 static int open_block(Opener *self, EVP_CIPHER_CTX *ctx, const unsigned char *entry,
-                      uint64_t block)
+                      uint64_t block, unsigned char *content)
 {
     int count;
-    unsigned char *content = self->block;
     for (int i = 0; i < 8; i++)
         self->aad[self->prefix_size + i] = (unsigned char)(block >> 8 * i);
     return EVP_DecryptInit_ex(ctx, NULL, NULL, NULL, entry) == 1 &&
@@ -154,11 +154,11 @@ static int open_block(Opener *self, EVP_CIPHER_CTX *ctx, const unsigned char *en
 }
 
 PyDoc_STRVAR(send_doc,
-"send(fd, offset, block, leaf, at, out_fd, header) -> content\n\n"
-"Read the block at `offset` of fd if it is in the page cache, open it by the entry at `at` of its\n"
-"leaf page, and write header and content to out_fd in one piece. Returns the content; None where\n"
-"reading would wait (or failed); False where the block does not authenticate: then nothing was\n"
-"sent. KeyError: the epoch that the entry names, if its key is not known. OSError: writing failed.");
+"send(fd, offset, block, count, leaf, at, out_fd, header) -> content\n\n"
+"Read `count` present blocks at `offset` of fd, 32 at most, if they are in the page cache, open\n"
+"them by the entries from `at` on of their leaf page, and write header and content to out_fd in one\n"
+"piece. Returns the content of one block, True for several; None where reading would wait (or\n"
+"failed); False where one does not authenticate: then nothing was sent. KeyError: the epoch that the entry names, if its key is not known. OSError: writing failed.");
 
 static PyObject *opener_send(PyObject *object, PyObject *const *args, Py_ssize_t arg_count)
 {
@@ -166,53 +166,61 @@ static PyObject *opener_send(PyObject *object, PyObject *const *args, Py_ssize_t
     Py_buffer leaf = {0}, header = {0};
     PyObject *result = NULL;
 
-    if (arg_count != 7) {
-        PyErr_SetString(PyExc_TypeError, "send: seven arguments");
+    if (arg_count != 8) {
+        PyErr_SetString(PyExc_TypeError, "send: eight arguments");
         return NULL;
     }
-    int fd = (int)PyLong_AsLong(args[0]), out_fd = (int)PyLong_AsLong(args[5]);
+    int fd = (int)PyLong_AsLong(args[0]), out_fd = (int)PyLong_AsLong(args[6]);
     long long offset = PyLong_AsLongLong(args[1]);
     unsigned long long block = PyLong_AsUnsignedLongLong(args[2]);
-    Py_ssize_t at = PyLong_AsSsize_t(args[4]);
-    if (PyErr_Occurred() || PyObject_GetBuffer(args[3], &leaf, PyBUF_SIMPLE) < 0)
+    Py_ssize_t count = PyLong_AsSsize_t(args[3]), at = PyLong_AsSsize_t(args[5]);
+    if (PyErr_Occurred() || PyObject_GetBuffer(args[4], &leaf, PyBUF_SIMPLE) < 0)
         return NULL;
-    if (PyObject_GetBuffer(args[6], &header, PyBUF_SIMPLE) < 0)
+    if (PyObject_GetBuffer(args[7], &header, PyBUF_SIMPLE) < 0)
         goto end;
-    if (at < 0 || at > leaf.len - ENTRY_SIZE) {
+    if (count < 1 || count > BLOCKS_MAX || at < 0 || at > leaf.len - count * ENTRY_SIZE) {
         PyErr_SetString(PyExc_ValueError, "send: sizes do not fit");
         goto end;
     }
     const unsigned char *entry = (const unsigned char *)leaf.buf + at;
-    EVP_CIPHER_CTX *ctx = find_key(self, entry);
-    if (ctx == NULL) {
+    size_t size = (size_t)count * BLOCK_SIZE;
+    EVP_CIPHER_CTX *ctxs[BLOCKS_MAX];
+    for (Py_ssize_t i = 0; i < count; i++, entry += ENTRY_SIZE) {
+        ctxs[i] = find_key(self, entry);
+        if (ctxs[i] != NULL)
+            continue;
         PyObject *epoch = PyObject_CallMethod((PyObject *)&PyLong_Type, "from_bytes", "y#s", entry,
                                               (Py_ssize_t)4, "little");
         PyErr_SetObject(PyExc_KeyError, epoch);
         Py_XDECREF(epoch);
         goto end;
     }
-    unsigned char *plain = self->block;
-    struct iovec in = {plain, BLOCK_SIZE};
-    if (preadv2(fd, &in, 1, (off_t)offset, RWF_NOWAIT) != BLOCK_SIZE) {
+    unsigned char *plain = self->blocks;
+    struct iovec in = {plain, size};
+    if (preadv2(fd, &in, 1, (off_t)offset, RWF_NOWAIT) != (ssize_t)size) {
         result = Py_NewRef(Py_None);
         goto end;
     }
-    if (!open_block(self, ctx, entry, block)) {
-        OPENSSL_cleanse(plain, BLOCK_SIZE); /* nothing of it may be taken for plaintext */
-        result = Py_NewRef(Py_False);
-        goto end;
+    entry = (const unsigned char *)leaf.buf + at;
+    for (Py_ssize_t i = 0; i < count; i++, entry += ENTRY_SIZE) {
+        if (!open_block(self, ctxs[i], entry, block + (uint64_t)i, plain + i * BLOCK_SIZE)) {
+            OPENSSL_cleanse(plain, size); /* nothing of it may be taken for plaintext */
+            result = Py_NewRef(Py_False);
+            goto end;
+        }
     }
-    struct iovec out[2] = {{header.buf, (size_t)header.len}, {plain, BLOCK_SIZE}};
+    struct iovec out[2] = {{header.buf, (size_t)header.len}, {plain, size}};
     ssize_t written;
     do
         written = writev(out_fd, out, 2);
     while (written < 0 && errno == EINTR);
-    if (written != header.len + BLOCK_SIZE) {
+    if (written != header.len + (ssize_t)size) {
         if (written >= 0)
             errno = EIO;
         PyErr_SetFromErrno(PyExc_OSError);
     } else {
-        result = PyBytes_FromStringAndSize((char *)plain, BLOCK_SIZE);
+        result = count > 1 ? Py_NewRef(Py_True)
+                           : PyBytes_FromStringAndSize((char *)plain, BLOCK_SIZE);
     }
 end:
     PyBuffer_Release(&leaf);

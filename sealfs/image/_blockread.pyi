@@ -1,5 +1,3 @@
-from typing import Literal
-
 from sealfs.image.plan import Buffer
 
 class Opener:
@@ -7,5 +5,14 @@ class Opener:
     def add(self, epoch: int, key: Buffer, /) -> None: ...
     def forget(self) -> None: ...
     def send(
-        self, fd: int, offset: int, block: int, leaf: Buffer, at: int, out_fd: int, header: bytes, /
-    ) -> bytes | Literal[False] | None: ...
+        self,
+        fd: int,
+        offset: int,
+        block: int,
+        count: int,
+        leaf: Buffer,
+        at: int,
+        out_fd: int,
+        header: bytes,
+        /,
+    ) -> bytes | bool | None: ...

@@ -148,6 +148,13 @@ class ImageCache:
                 return None
         return self.frame(frame)
 
+    def has_newer(self, first: int, count: int) -> bool:
+        """Whether a block of a run is dirty or being committed."""
+        blocks = range(first, first + count)
+        return any(
+            any(map(each.__contains__, blocks)) for each in (self.dirty, self.committing) if each
+        )
+
     def missing(self, first: int, count: int) -> int:
         """Return how many frames writing this run would take."""
         dirty = self.dirty

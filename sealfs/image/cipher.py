@@ -220,14 +220,12 @@ class BlockCipher:
         except InvalidTag:
             raise self._damaged(block) from None
 
-    def teach(self, block: int, epoch: int) -> None:
-        """Give `opener` the key of an epoch.
-
-        Raises:
-            BlockDamaged: `block` names an epoch that the image does not have.
-        """
-        assert self.opener is not None
-        self.opener.add(epoch, self._key_of_block(block, epoch))
+    def teach(self, epoch: int) -> bool:
+        """Give `opener` the key of an epoch; return whether the image has that epoch."""
+        if self.opener is None or epoch not in self._rows:
+            return False
+        self.opener.add(epoch, self._key(epoch))
+        return True
 
     def open_blocks(self, first: int, run: memoryview, entries: Buffer) -> None:
         """Open a run of present blocks, in place.

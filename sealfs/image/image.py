@@ -239,20 +239,26 @@ class SealedImage:
         start = offset - first * BLOCK_SIZE
         return memoryview(out)[start : start + end - offset]
 
-    def send_block(self, offset: int, out_fd: int, header: bytes) -> int:
-        """Write `header` and the block at `offset` to a descriptor, in one piece, if need not wait.
+    def send_blocks(self, offset: int, size: int, out_fd: int, header: bytes) -> int:
+        """Write `header` and whole blocks to a descriptor, in one piece, if nothing is waited for.
+
+        Args:
+            offset: a multiple of BLOCK_SIZE.
+            size: another one, of SEND_BLOCKS_MAX blocks at most.
+            out_fd: where to.
+            header: goes before them.
 
         Returns:
-            SENT; or where in the sealed file BLOCK_SIZE bytes are to be brought into the page
-            cache before it is tried again; or UNSURE: only `read_steps` can tell.
+            SENT; or where in the sealed file `size` bytes are to be brought into the page cache
+            before it is tried again; or UNSURE: `try_read` or `read_steps` can tell.
 
         Raises:
-            BlockDamaged: the node page that names the block is lost.
+            BlockDamaged: the node page that names the blocks is lost.
             OSError: writing to the descriptor failed.
         """
-        if offset + BLOCK_SIZE > self.size:
+        if offset + size > self.size:
             return UNSURE
-        return self._reader.send_block(offset // BLOCK_SIZE, out_fd, header)
+        return self._reader.send_blocks(offset // BLOCK_SIZE, size // BLOCK_SIZE, out_fd, header)
 
     @property
     def descriptor(self) -> int:

@@ -9,7 +9,7 @@
 #include <liburing.h>
 #include <stdlib.h>
 
-#define SIZE_MAX_EACH 4096
+#define SIZE_MAX_EACH (128 << 10)
 #define DEPTH 256
 
 typedef struct {
@@ -67,23 +67,28 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 }
 
 PyDoc_STRVAR(read_doc,
-"read(fd, offset, number) -> bool\n\n"
-"Begin to read 4096 bytes of a file; `number`, unsigned 64 bit, is what `done` says when they are\n"
+"read(fd, offset, size, number) -> bool\n\n"
+"Begin to read so many bytes of a file, 128 KiB at most; `number`, unsigned 64 bit, is what `done` says when they are\n"
 "in memory, or reading failed. False: too many are under way. It waits for nothing.");
 
 static PyObject *ring_read(PyObject *object, PyObject *args)
 {
     Ring *self = (Ring *)object;
     int fd;
+    unsigned int size;
     unsigned long long offset, number;
-    if (!PyArg_ParseTuple(args, "iKK", &fd, &offset, &number))
+    if (!PyArg_ParseTuple(args, "iKIK", &fd, &offset, &size, &number))
         return NULL;
+    if (size > SIZE_MAX_EACH) {
+        PyErr_SetString(PyExc_ValueError, "read: too much");
+        return NULL;
+    }
     struct io_uring_sqe *sqe = NULL;
     if (self->is_open && self->under_way < DEPTH)
         sqe = io_uring_get_sqe(&self->ring);
     if (sqe == NULL)
         Py_RETURN_FALSE;
-    io_uring_prep_read(sqe, fd, self->scratch, SIZE_MAX_EACH, offset);
+    io_uring_prep_read(sqe, fd, self->scratch, size, offset);
     sqe->user_data = number;
     self->under_way++;
     int count = io_uring_submit(&self->ring);

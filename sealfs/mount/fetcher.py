@@ -1,4 +1,4 @@
-"""Brings blocks of files into the page cache without waiting for it, and says when they are there.
+"""Brings parts of files into the page cache without waiting for it, and says when they are there.
 
 Over io_uring: no thread, no hand-over of the interpreter. Where the kernel gives none, or it
 could not be built, worker threads do the same. What is read is thrown away; whoever asked reads
@@ -20,7 +20,6 @@ try:
 except ImportError:  # it could not be built here
     Ring = None  # type: ignore[assignment, misc]
 
-from sealfs.image.layout import BLOCK_SIZE
 from sealfs.mount.workers import Workers
 
 T = TypeVar("T")
@@ -48,16 +47,16 @@ class Fetcher(Generic[T]):
         """Return a descriptor that is readable when `done` has something to say."""
         return self._wake_fd if self._ring is None else self._ring.fileno()
 
-    def fetch(self, fd: int, offset: int, token: T) -> bool:
-        """Begin to bring BLOCK_SIZE bytes into the page cache; `done` returns the token then.
+    def fetch(self, fd: int, offset: int, size: int, token: T) -> bool:
+        """Begin to bring `size` bytes into the page cache; `done` returns the token then.
 
         Also when reading failed: whoever reads again meets that himself. `fd` stays open until
         then. False where too many are under way.
         """
         self._number += 1
         if self._ring is None:
-            self._workers.post(partial(self._read, fd, offset, self._number))
-        elif not self._ring.read(fd, offset, self._number):
+            self._workers.post(partial(self._read, fd, offset, size, self._number))
+        elif not self._ring.read(fd, offset, size, self._number):
             return False
         self._waiting[self._number] = token
         return True
@@ -79,9 +78,9 @@ class Fetcher(Generic[T]):
         else:
             os.close(self._wake_fd)
 
-    def _read(self, fd: int, offset: int, number: int) -> None:
+    def _read(self, fd: int, offset: int, size: int, number: int) -> None:
         with contextlib.suppress(OSError):
-            os.preadv(fd, [bytearray(BLOCK_SIZE)], offset)
+            os.preadv(fd, [bytearray(size)], offset)
         self._ended.append(number)
         os.eventfd_write(self._wake_fd, 1)
 

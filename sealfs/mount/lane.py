@@ -31,7 +31,7 @@ except ImportError:  # it could not be built here
 
 from sealfs.image.layout import BLOCK_SIZE
 from sealfs.image.plan import Buffer
-from sealfs.image.reader import SENT, UNSURE
+from sealfs.image.reader import SEND_BLOCKS_MAX, SENT, UNSURE
 from sealfs.mount import protocol
 from sealfs.mount.disk import Disk
 from sealfs.mount.driver import Disks
@@ -66,7 +66,8 @@ RUN_MAX = 2  # requests in a row, on average: a quick guest has asked again befo
 YIELD_EVERY = 64  # requests served in a row
 BUFFER_SIZE = (1 << 20) + (64 << 10)  # max_write 1 MiB and headers
 REQUEST_SIZE_MAX = 1 << 20
-BLOCK_OUT = OUT_HEADER.size + BLOCK_SIZE
+BODY_OUT = OUT_HEADER.size
+SEND_SIZE_MAX = SEND_BLOCKS_MAX * BLOCK_SIZE
 BLOCK_MASK = BLOCK_SIZE - 1
 TRIES_MAX = 3  # a block and its leaf page, and one that went again meanwhile
 
@@ -106,8 +107,8 @@ class Lane:
         self._buffer = mmap.mmap(-1, BUFFER_SIZE)  # plaintext passes here: keep it out of dumps
         self._buffer.madvise(mmap.MADV_DONTDUMP)
         self._view = memoryview(self._buffer)
-        self._fetcher: Fetcher[tuple[int, Disk, int, int]] = Fetcher(disks.workers)
-        """Reads of one block that wait for the disk: (unique, disk, offset, tries)."""
+        self._fetcher: Fetcher[tuple[int, Disk, int, int, int]] = Fetcher(disks.workers)
+        """Reads that wait for the disk: (unique, disk, offset, size, tries)."""
         self._others = (self._fetcher.fileno(), relay.fileno(), disks.workers.wake_fd)
         self._either = select.epoll(sizehint=2)  # what trio waits for: the device or the fetcher
         for fd in (device_fd, self._fetcher.fileno()):
@@ -235,10 +236,10 @@ class Lane:
             self._answer_error(unique, errno.EBADF)
         elif offset > OFFSET_MAX - size or size > REQUEST_SIZE_MAX:
             self._answer_error(unique, errno.EINVAL)
-        elif size == BLOCK_SIZE and not offset & BLOCK_MASK and handle.disk.image is not None:
+        elif 0 < size <= SEND_SIZE_MAX and not (offset | size) & BLOCK_MASK:
             try:
-                missing = handle.disk.image.send_block(
-                    offset, self._fd, _pack(BLOCK_OUT, 0, unique)
+                missing = handle.disk.opened.send_blocks(
+                    offset, size, self._fd, _pack(BODY_OUT + size, 0, unique)
                 )
             except OSError as exc:
                 _not_taken(exc)
@@ -247,26 +248,30 @@ class Lane:
                 self._fail(unique, handle.disk, exc)
                 return
             if missing != SENT:
-                self._bring(unique, handle.disk, offset, missing)
+                self._bring(unique, handle.disk, offset, size, missing)
         else:
             self._read_bytes(unique, handle.disk, offset, size)
 
-    def _bring(self, unique: int, disk: Disk, offset: int, missing: int, tries: int = 1) -> None:
-        """Have brought into memory what a block's answer lacks, or go the long way."""
+    def _bring(
+        self, unique: int, disk: Disk, offset: int, size: int, missing: int, tries: int = 1
+    ) -> None:
+        """Have brought into memory what an answer lacks, or go the long way."""
         if missing != UNSURE and tries <= TRIES_MAX:
             self.served["cold"] += 1
-            if self._fetcher.fetch(disk.opened.descriptor, missing, (unique, disk, offset, tries)):
+            token = (unique, disk, offset, size, tries)
+            if self._fetcher.fetch(disk.opened.descriptor, missing, size, token):
                 return
-        self._read_bytes(unique, disk, offset, BLOCK_SIZE)
+        self._read_bytes(unique, disk, offset, size)
 
     def _read_again(self) -> bool:
         """Go on with the blocks that are in memory now; return whether there were any."""
         found = self._fetcher.done() if self._fetcher.count else []
-        for unique, disk, offset, tries in found:
+        for unique, disk, offset, size, tries in found:
             try:
-                missing = disk.opened.send_block(offset, self._fd, _pack(BLOCK_OUT, 0, unique))
+                header = _pack(BODY_OUT + size, 0, unique)
+                missing = disk.opened.send_blocks(offset, size, self._fd, header)
                 if missing != SENT:
-                    self._bring(unique, disk, offset, missing, tries + 1)
+                    self._bring(unique, disk, offset, size, missing, tries + 1)
             except OSError as exc:
                 _not_taken(exc)
             except Exception as exc:
@@ -317,10 +322,10 @@ class Lane:
                 self._start(unique, disk, self._write_slowly, disk, offset, copy, durable)
                 return
             self._disks.wrote()
-            if durable:
-                self._start(unique, disk, self._commit, disk, size)
-            else:
+            if not durable:
                 self._send(WRITE_OUT.pack(WRITE_OUT.size, 0, unique, size, 0))
+            elif not self._flushed_here(unique, disk, _written(size)):
+                self._start(unique, disk, self._commit, disk, size)
 
     async def _write_slowly(
         self, disk: Disk, offset: int, data: bytearray, durable: bool
@@ -355,12 +360,10 @@ class Lane:
             return
         if handle.disk.is_settled():
             self._answer_error(unique, 0)
-        elif self._flushed_here(unique, handle.disk):
-            return
-        else:
+        elif not self._flushed_here(unique, handle.disk, b""):
             self._start(unique, handle.disk, self._flush, handle.disk)
 
-    def _flushed_here(self, unique: int, disk: Disk) -> bool:
+    def _flushed_here(self, unique: int, disk: Disk, answer: bytes) -> bool:
         """Flush and answer at once, where nobody else waits; False where it is a task's to do."""
         if not self._is_lone or self._disks.workers.busy_count:
             return False
@@ -370,7 +373,7 @@ class Lane:
         except Exception as exc:
             self._fail(unique, disk, exc)
         else:
-            self._answer_error(unique, 0)
+            self._answer(unique, answer)
         return True
 
     async def _flush(self, disk: Disk) -> Buffer:
