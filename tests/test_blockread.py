@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import mmap
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -349,7 +351,7 @@ def test_a_full_ring_says_so_and_a_closed_one_waits_for_what_is_under_way(tmp_pa
 # Waiting for a request.
 
 
-@pytest.mark.parametrize("name", ["_spin", "spin"])
+@pytest.mark.parametrize("name", ["_device", "device"])
 def test_a_spinning_read_takes_what_comes_and_tells_of_others(name: str) -> None:
     module = importlib.import_module(f"sealfs.mount.{name}")
     buffer = mmap.mmap(-1, 1 << 16)
@@ -375,3 +377,19 @@ def test_a_spinning_read_takes_what_comes_and_tells_of_others(name: str) -> None
     for fd in (other, their_other):
         os.close(fd)
     buffer.close()
+
+
+@pytest.mark.parametrize("name", ["_device", "device"])
+def test_each_answer_is_written_by_itself_and_failures_are_told(name: str) -> None:
+    module = importlib.import_module(f"sealfs.mount.{name}")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    answers = [bytes([i]) * (16 + i) for i in range(40)]
+    assert module.write_each(ours.fileno(), answers) == []
+    assert [theirs.recv(4096) for _ in answers] == answers
+    assert module.write_each(ours.fileno(), []) == []
+    theirs.close()
+    assert module.write_each(ours.fileno(), answers[:3]) == [errno.EPIPE] * 3
+    ours.close()
+    assert module.write_each(10**6, answers[:2]) == [errno.EBADF] * 2
+    with pytest.raises(TypeError):
+        module.write_each(1, ["text"])

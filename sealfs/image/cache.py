@@ -82,6 +82,10 @@ class BlockCache:
         frames.reverse()
         return frames
 
+    def take_frame(self) -> int:
+        """Take one frame; -1 where there is none."""
+        return self._free.pop() if self._free else -1
+
     def give_frames(self, frames: Sequence[int]) -> None:
         """Give frames back."""
         self._free.extend(frames)
@@ -161,6 +165,19 @@ class ImageCache:
         if not dirty:
             return count
         return count - sum(map(dirty.__contains__, range(first, first + count)))
+
+    def put_block(self, block: int, content: Buffer) -> bool:
+        """Make one block dirty; False where there is no frame for it."""
+        frame = self.dirty.get(block)
+        if frame is None:
+            frame = self._cache.take_frame()
+            if frame < 0:
+                return False
+            self.dirty[block] = frame
+        at = frame * BLOCK_SIZE
+        self._cache.view[at : at + BLOCK_SIZE] = content
+        self._clean.pop(self._base + block, None)
+        return True
 
     def put(self, first: int, content: Buffer) -> None:
         """Make whole blocks dirty; their frames must be free (`missing`)."""

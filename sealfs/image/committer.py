@@ -13,6 +13,7 @@ from sealfs.image.batch import Batch, Frames
 from sealfs.image.cache import ImageCache
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, block_count_of, group_runs
 from sealfs.image.reader import Reader
+from sealfs.image.record import head_pages_of
 from sealfs.image.steps import Steps
 from sealfs.image.tree import NO_SLOT
 from sealfs.image.volume import RECORD_BLOCKS_MAX, Volume
@@ -66,6 +67,19 @@ class Committer:
                 return False
             volume.space.reserve(slot, index, part)
         return True
+
+    def has_space(self, block: int) -> bool:
+        """Whether committing a block would take no space that it does not have: the usual case."""
+        group, index = divmod(block, self._geometry.group_blocks)
+        node_index, i = divmod(group, self._geometry.fanout)
+        node = self._tree.nodes[1].get(node_index)
+        return (
+            node is not None
+            and bool(node.present[i])
+            and group in self._tree.leaves
+            and self._volume.space.has(node.slots[i], index)
+            and not self._volume.space.is_reclaiming(group)
+        )
 
     def reserve_slot(self, group: int) -> int:
         """Choose the slot of a group that has none, and have room for the nodes above it."""
@@ -126,6 +140,9 @@ class Committer:
         # the size did would come back from the dead when the disk grows over it.
         batch, count = Batch(size=size), 0
         for group, members in groups.items():
+            if self._add(batch, count, group, members, is_small=is_small):
+                count += len(members)
+                continue
             for part in self._split(self._decide(size, group, members, is_small=is_small)):
                 part_count = len(part.blocks(whole))
                 if count and (
@@ -151,6 +168,37 @@ class Committer:
             self.reserved.pop(group, None)
         # Home is written now: from here on reads go to the disk.
         self._cache.finish(batch.blocks(self._geometry.group_blocks))
+
+    def _add(
+        self, batch: Batch, count: int, group: int, members: list[int], *, is_small: bool
+    ) -> bool:
+        """Add some blocks of a live group to a batch of `count` blocks that has room for them.
+
+        As `_decide` would have it, for the usual case of a busy guest; False in every other.
+        """
+        if (
+            len(members) == self._geometry.group_blocks
+            or count + len(members) > RECORD_BLOCKS_MAX
+            or self._tree.slot_of(group) == NO_SLOT
+        ):
+            return False
+        inline, direct = members, []
+        if not is_small:
+            flags = self._volume.leaf(group)[28::ENTRY_SIZE]
+            if not all(flags):
+                first = group * self._geometry.group_blocks
+                inline = [block for block in members if flags[block - first]]
+                direct = [block for block in members if not flags[block - first]]
+        inline_count = len(batch.inline) + len(inline)
+        head_pages = head_pages_of(
+            len(batch.allocs), len(batch.full_groups), len(batch.direct) + len(direct),
+            inline_count, 0,
+        )  # fmt: skip
+        if head_pages + inline_count > self._volume.journal.record_pages_max:
+            return False
+        batch.inline += inline
+        batch.direct += direct
+        return True
 
     def _decide(self, size: int, group: int, members: list[int], *, is_small: bool) -> Batch:
         """Decide how a group's dirty blocks are written (FORMAT.md 8.1)."""

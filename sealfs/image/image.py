@@ -303,6 +303,8 @@ class SealedImage:
         if not size:
             return True
         first, head = divmod(offset, BLOCK_SIZE)
+        if size == BLOCK_SIZE and not head and end <= self.size and self._accept_block(first, data):
+            return True
         last = (end - 1) // BLOCK_SIZE
         if head or end % BLOCK_SIZE:
             merged = self._merge_edges(first, last, offset, data)
@@ -312,6 +314,15 @@ class SealedImage:
         if not self._accept(first, data):
             return False
         self.size = max(self.size, end)
+        return True
+
+    def _accept_block(self, block: int, data: Buffer) -> bool:
+        """Make one block dirty; False where that is not as simple as it mostly is."""
+        if not (self._committer.has_space(block) and self._cache.put_block(block, data)):
+            return False
+        self._reader.version += 1
+        if self.oldest_dirty is None:
+            self.oldest_dirty = time.monotonic()
         return True
 
     def _accept(self, first: int, data: Buffer) -> bool:

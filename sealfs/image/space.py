@@ -37,6 +37,7 @@ class Space:
         self._geometry = geometry
         self._allocator = allocator
         self._tree = tree
+        self._part = max(1, geometry.group_blocks // SPACE_PARTS)
         self._file_slots = allocator.slot_count
         self._parts = bytearray(allocator.slot_count)
         self._chunks = list(tree.chunks())
@@ -55,7 +56,7 @@ class Space:
         """
         if slot >= len(self._parts):
             self._parts.extend(bytes(slot + 1 - len(self._parts)))
-        part = max(1, self._geometry.group_blocks // SPACE_PARTS)
+        part = self._part
         first, last = index // part, (index + count - 1) // part
         wanted = (1 << last + 1) - (1 << first)
         have = self._parts[slot]
@@ -70,6 +71,12 @@ class Space:
                 self._storage.allocate(self._geometry.slot_offset(slot), 2 * BLOCK_SIZE)
         self._storage.allocate(start, end - start)
         self._parts[slot] = have | wanted
+
+    def has(self, slot: int, index: int) -> bool:
+        """Whether a block of a slot has its space in the file system, without asking for it."""
+        if slot >= len(self._parts):
+            return False
+        return bool(self._parts[slot] >> index // self._part & 1)
 
     def reserve_metadata(self) -> None:
         """Have space for headers, journal and all node pages, before a session's first change.

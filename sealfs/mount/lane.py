@@ -25,9 +25,9 @@ from collections.abc import Awaitable, Callable
 import trio
 
 try:
-    from sealfs.mount._spin import spin_read
+    from sealfs.mount._device import spin_read, write_each
 except ImportError:  # it could not be built here
-    from sealfs.mount.spin import spin_read
+    from sealfs.mount.device import spin_read, write_each
 
 from sealfs.image.layout import BLOCK_SIZE
 from sealfs.image.plan import Buffer
@@ -61,6 +61,7 @@ from sealfs.mount.relay import Relay
 SPIN_NS = 30_000  # how long to poll before waiting: a wake-up through epoll costs about that
 SPIN_OFF_NS = 1_000_000  # no request for so long: the guest is idle, waiting is free
 DROP_PAGES_WAIT = 0.1  # seconds that a direct write beside buffered readers may be held up
+ANSWERS_MAX = 16
 COUNT_NS = 10_000_000  # between two counts of how many requests come at once
 RUN_MAX = 2  # requests in a row, on average: a quick guest has asked again before the lane looks
 YIELD_EVERY = 64  # requests served in a row
@@ -101,6 +102,7 @@ class Lane:
         self._spin_ns = spin_ns
         self._requests = self._runs = 0  # since the last count
         self._count_until_ns = 0
+        self._answers: list[bytes] = []  # to writes, kept back while more requests wait
         self._is_lone = False  # there is one guest, which waits for each answer
         self._due = False  # another task can go on: yield before spinning
         self._last_request_ns = 0
@@ -142,6 +144,8 @@ class Lane:
             try:
                 count = readv(fd, buffers)
             except BlockingIOError:
+                if self._answers:
+                    self._send_answers()
                 self._requests += in_a_row
                 self._runs += in_a_row > 0
                 in_a_row = 0
@@ -186,6 +190,8 @@ class Lane:
             if in_a_row >= YIELD_EVERY:
                 self._requests += in_a_row
                 in_a_row = 0
+                if self._answers:
+                    self._send_answers()
                 self._read_again()
                 self._due = False
                 await trio.lowlevel.checkpoint()
@@ -323,7 +329,9 @@ class Lane:
                 return
             self._disks.wrote()
             if not durable:
-                self._send(WRITE_OUT.pack(WRITE_OUT.size, 0, unique, size, 0))
+                self._answers.append(WRITE_OUT.pack(WRITE_OUT.size, 0, unique, size, 0))
+                if self._is_lone or len(self._answers) >= ANSWERS_MAX:
+                    self._send_answers()
             elif not self._flushed_here(unique, disk, _written(size)):
                 self._start(unique, disk, self._commit, disk, size)
 
@@ -495,6 +503,12 @@ class Lane:
 
     def _answer_error(self, unique: int, code: int) -> None:
         self._send(protocol.error_reply(unique, code))
+
+    def _send_answers(self) -> None:
+        """Send what was kept back: who has several answers at once asks several things at once."""
+        for code in write_each(self._fd, self._answers):
+            _not_taken(OSError(code, os.strerror(code)))
+        self._answers.clear()
 
     def _send(self, reply: bytes) -> None:
         try:
