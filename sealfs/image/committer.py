@@ -68,16 +68,17 @@ class Committer:
             volume.space.reserve(slot, index, part)
         return True
 
-    def has_space(self, block: int) -> bool:
-        """Whether committing a block would take no space that it does not have: the usual case."""
-        group, index = divmod(block, self._geometry.group_blocks)
+    def has_space(self, first: int, count: int) -> bool:
+        """Whether committing blocks of one group takes no space that they lack: the usual case."""
+        group, index = divmod(first, self._geometry.group_blocks)
         node_index, i = divmod(group, self._geometry.fanout)
         node = self._tree.nodes[1].get(node_index)
         return (
             node is not None
             and bool(node.present[i])
             and group in self._tree.leaves
-            and self._volume.space.has(node.slots[i], index)
+            and index + count <= self._geometry.group_blocks
+            and self._volume.space.has(node.slots[i], index, count)
             and not self._volume.space.is_reclaiming(group)
         )
 

@@ -303,7 +303,11 @@ class SealedImage:
         if not size:
             return True
         first, head = divmod(offset, BLOCK_SIZE)
-        if size == BLOCK_SIZE and not head and end <= self.size and self._accept_block(first, data):
+        if (
+            not (head or end % BLOCK_SIZE)
+            and end <= self.size
+            and self._accept_quickly(first, data)
+        ):
             return True
         last = (end - 1) // BLOCK_SIZE
         if head or end % BLOCK_SIZE:
@@ -316,10 +320,18 @@ class SealedImage:
         self.size = max(self.size, end)
         return True
 
-    def _accept_block(self, block: int, data: Buffer) -> bool:
-        """Make one block dirty; False where that is not as simple as it mostly is."""
-        if not (self._committer.has_space(block) and self._cache.put_block(block, data)):
+    def _accept_quickly(self, first: int, data: Buffer) -> bool:
+        """Make whole blocks dirty; False where that is not as simple as it mostly is."""
+        count = len(data) // BLOCK_SIZE
+        if not self._committer.has_space(first, count):
             return False
+        if count == 1:
+            if not self._cache.put_block(first, data):
+                return False
+        elif self._cache.missing(first, count) > self._cache.free_count:
+            return False
+        else:
+            self._cache.put(first, data)
         self._reader.version += 1
         if self.oldest_dirty is None:
             self.oldest_dirty = time.monotonic()

@@ -72,11 +72,12 @@ class Space:
         self._storage.allocate(start, end - start)
         self._parts[slot] = have | wanted
 
-    def has(self, slot: int, index: int) -> bool:
-        """Whether a block of a slot has its space in the file system, without asking for it."""
+    def has(self, slot: int, index: int, count: int) -> bool:
+        """Whether blocks of a slot have their space in the file system, without asking for it."""
         if slot >= len(self._parts):
             return False
-        return bool(self._parts[slot] >> index // self._part & 1)
+        first, last = index // self._part, (index + count - 1) // self._part
+        return not ((1 << last + 1) - (1 << first)) & ~self._parts[slot]
 
     def reserve_metadata(self) -> None:
         """Have space for headers, journal and all node pages, before a session's first change.
