@@ -197,10 +197,10 @@ class FakeImage:
         self._view[offset : offset + len(data)] = data
         return True
 
-    def send_blocks(self, offset: int, size: int, out_fd: int, header: bytes) -> int:
+    def send_blocks(self, offset: int, size: int, outbox: Any, header: bytes) -> int:
         if offset + size > self.size:
             return UNSURE
-        os.writev(out_fd, (header, self._view[offset : offset + size]))
+        outbox.put(header, self._view[offset : offset + size])
         return SENT
 
     def read_steps(self, offset: int, size: int) -> Any:

@@ -7,6 +7,7 @@ import os
 
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import BLOCK_SIZE
+from sealfs.image.outbox import outbox
 from sealfs.image.reader import SENT
 
 HEADER = b"sixteen bytes..."
@@ -17,7 +18,10 @@ def sent(image: SealedImage, offset: int, size: int = BLOCK_SIZE) -> bytes | Non
     receiving, sending = os.pipe2(os.O_NONBLOCK)
     fcntl.fcntl(sending, fcntl.F_SETPIPE_SZ, 1 << 18)
     try:
-        code = image.send_blocks(offset, size, sending, HEADER)
+        box = outbox(sending)
+        code = image.send_blocks(offset, size, box, HEADER)
+        assert box.count == (code == SENT)
+        assert box.flush() == []
         os.close(sending)
         sending = -1
         found = os.read(receiving, 1 << 20)

@@ -24,7 +24,8 @@ from sealfs.image.cache import BlockCache
 from sealfs.image.format import Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import Geometry
-from sealfs.image.reader import SENT, UNSURE
+from sealfs.image.outbox import ANSWERS_MAX, PlainOutbox, outbox
+from sealfs.image.reader import KEEP_EVERY, SENT, UNSURE
 from sealfs.image.storage import FileStorage
 from sealfs.mount import fetcher as fetchers
 from sealfs.mount.fetcher import Fetcher
@@ -148,7 +149,7 @@ def test_what_was_altered_is_never_sent(image: SealedImage) -> None:
         raw = bytearray(storage.read(at, PAGE))
         raw[byte] ^= 1
         storage.write(at, [raw])
-        assert image.send_blocks(block * PAGE, PAGE, -1, HEADER) == UNSURE
+        assert image.send_blocks(block * PAGE, PAGE, outbox(-1), HEADER) == UNSURE
         assert sent(image, block * PAGE) is None
         with pytest.raises(BlockDamaged):
             image.read(block * PAGE, PAGE)
@@ -178,11 +179,13 @@ def test_what_is_not_in_the_page_cache_is_named_and_read_then(image: SealedImage
         os.fdatasync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         receiving, sending = os.pipe()
-        code = image.send_blocks(200 * PAGE, PAGE, sending, HEADER)
+        box = outbox(sending)
+        code = image.send_blocks(200 * PAGE, PAGE, box, HEADER)
         while code >= 0:
             asked.append(code)
             os.preadv(fd, [bytearray(PAGE)], code)
-            code = image.send_blocks(200 * PAGE, PAGE, sending, HEADER)
+            code = image.send_blocks(200 * PAGE, PAGE, box, HEADER)
+        assert box.flush() == []
         os.close(sending)
         assert code == SENT
         found = os.read(receiving, 1 << 16)
@@ -197,13 +200,16 @@ def test_what_is_not_in_the_page_cache_is_named_and_read_then(image: SealedImage
     assert set(asked) <= {offset_of(image, 200), GEOMETRY.leaf_offset(slot, place & 1)}
 
 
-def test_a_descriptor_that_takes_nothing_is_reported(image: SealedImage) -> None:
-    receiving, sending = os.pipe()
-    os.close(receiving)
-    for block in (1, 3):
-        with pytest.raises(BrokenPipeError):
-            image.send_blocks(block * PAGE, PAGE, sending, HEADER)
-    os.close(sending)
+def test_what_is_read_often_is_kept(image: SealedImage) -> None:
+    clean = image._reader._cache._clean
+    for _ in range(KEEP_EVERY - 1):
+        assert sent(image, PAGE) == content_of(1)
+    assert not clean
+    assert sent(image, PAGE) == content_of(1)
+    assert len(clean) == 1
+    hits = image._reader._cache._cache.hits
+    assert sent(image, PAGE) == content_of(1)
+    assert image._reader._cache._cache.hits == hits + 1
 
 
 def test_keys_are_let_go_of(image: SealedImage) -> None:
@@ -215,7 +221,9 @@ def test_keys_are_let_go_of(image: SealedImage) -> None:
     ):
         leaf = image._reader._leaves[0]
         with pytest.raises(KeyError):
-            image._reader._cipher.opener.send(image.descriptor, 0, 1, 1, leaf, 32, -1, b"")
+            image._reader._cipher.opener.send(
+                image.descriptor, 0, 1, 1, leaf, 32, outbox(-1), b"", False
+            )
 
 
 # The C module alone.
@@ -237,10 +245,20 @@ def test_sizes_that_do_not_fit_are_refused(cut: str, tmp_path: Path) -> None:
         prefix = bytes(57)
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     try:
+        box = _blockread.Outbox(fd)
         with pytest.raises(ValueError, match="sizes do not fit"):
-            opener_of({0: key}, prefix).send(fd, 0, 0, 1, leaf, PAGE - 31, fd, b"")
-        with pytest.raises((TypeError, ValueError)):
-            opener_of({0: bytes(32)}, b"").send(fd, 0, 0, 1, leaf, -1, fd, b"")
+            opener_of({0: key}, prefix).send(fd, 0, 0, 1, leaf, PAGE - 31, box, b"", False)
+        opener = opener_of({0: bytes(32)}, b"")
+        for count, at, header in ((1, -1, b""), (0, 0, b""), (33, 0, b""), (1, 0, bytes(65))):
+            with pytest.raises(ValueError, match="sizes do not fit"):
+                opener.send(fd, 0, 0, count, leaf, at, box, header, False)
+        with pytest.raises(TypeError):
+            opener.send(fd, 0, 0, 1, leaf, 0, fd, b"", False)
+        with pytest.raises(ValueError, match="sizes do not fit"):
+            box.put(b"", bytes(33 * PAGE))
+        with pytest.raises(ValueError, match="sizes do not fit"):
+            box.put(bytes(65), b"")
+        assert box.count == 0
         with pytest.raises(TypeError):
             opener_of({0: bytes(32)}, b"").send(fd, 0)
     finally:
@@ -252,9 +270,9 @@ def test_a_short_file_or_no_file_is_one_to_wait_for(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(100))
     fd = os.open(path, os.O_RDONLY)
-    assert opener.send(fd, 0, 0, 1, bytes(PAGE), 0, -1, b"") is None
+    assert opener.send(fd, 0, 0, 1, bytes(PAGE), 0, _blockread.Outbox(-1), b"", True) is None
     os.close(fd)
-    assert opener.send(fd, 0, 0, 1, bytes(PAGE), 0, -1, b"") is None
+    assert opener.send(fd, 0, 0, 1, bytes(PAGE), 0, _blockread.Outbox(-1), b"", True) is None
 
 
 def test_the_block_is_opened_by_nonce_tag_index_and_prefix(tmp_path: Path) -> None:
@@ -270,18 +288,21 @@ def test_the_block_is_opened_by_nonce_tag_index_and_prefix(tmp_path: Path) -> No
     out = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     epoch = int.from_bytes(nonce[:4], "little")
     opener = opener_of({epoch ^ 1: os.urandom(32), epoch: key, epoch ^ 2: bytes(32)}, prefix)
-    assert opener.send(fd, 0, block, 1, bytes(64) + entry, 64, out, b"head") == plain
-    assert opener.send(fd, 0, block + 1, 1, entry, 0, out, b"head") is False
+    box = _blockread.Outbox(out)
+    assert opener.send(fd, 0, block, 1, bytes(64) + entry, 64, box, b"head", True) == plain
+    assert opener.send(fd, 0, block + 1, 1, entry, 0, box, b"head", True) is False
     for bit in range(28 * 8):
         wrong = bytearray(entry)
         wrong[bit // 8] ^= 1 << bit % 8
         if bit < 32 and bit not in (0, 1):
             with pytest.raises(KeyError) as unknown:
-                opener.send(fd, 0, block, 1, wrong, 0, out, b"head")
+                opener.send(fd, 0, block, 1, wrong, 0, box, b"head", True)
             assert unknown.value.args == (epoch ^ 1 << bit,)
             continue
-        assert opener.send(fd, 0, block, 1, wrong, 0, out, b"head") is False
-    assert opener.send(fd, 0, block, 1, entry, 0, out, b"head") == plain
+        assert opener.send(fd, 0, block, 1, wrong, 0, box, b"head", True) is False
+    assert opener.send(fd, 0, block, 1, entry, 0, box, b"head", False) is True
+    assert box.count == 2
+    assert box.flush() == []
     assert os.pread(out, 1 << 16, 0) == (b"head" + plain) * 2
     os.close(fd)
     os.close(out)
@@ -379,17 +400,28 @@ def test_a_spinning_read_takes_what_comes_and_tells_of_others(name: str) -> None
     buffer.close()
 
 
-@pytest.mark.parametrize("name", ["_device", "device"])
-def test_each_answer_is_written_by_itself_and_failures_are_told(name: str) -> None:
-    module = importlib.import_module(f"sealfs.mount.{name}")
+# Answers.
+
+
+@pytest.mark.parametrize("kind", [_blockread.Outbox, PlainOutbox], ids=["C", "Python"])
+def test_answers_are_kept_back_and_written_each_by_itself(kind: Any) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    answers = [bytes([i]) * (16 + i) for i in range(40)]
-    assert module.write_each(ours.fileno(), answers) == []
-    assert [theirs.recv(4096) for _ in answers] == answers
-    assert module.write_each(ours.fileno(), []) == []
+    box = kind(ours.fileno())
+    answers = [(bytes([i]) * 16, bytes([i]) * (i * 100)) for i in range(ANSWERS_MAX)]
+    for header, content in answers:
+        box.put(header, memoryview(content))
+    assert box.count == ANSWERS_MAX
+    with pytest.raises(BlockingIOError):
+        theirs.recv(1, socket.MSG_DONTWAIT)
+    box.put(b"one too many", b"")
+    assert box.count == 1
+    assert [theirs.recv(4096) for _ in answers] == [header + content for header, content in answers]
+    assert box.flush() == []
+    assert theirs.recv(4096) == b"one too many"
+    assert box.flush() == []
     theirs.close()
-    assert module.write_each(ours.fileno(), answers[:3]) == [errno.EPIPE] * 3
+    for _ in range(ANSWERS_MAX + 3):
+        box.put(b"head", b"")
+    assert box.flush() == [errno.EPIPE] * (ANSWERS_MAX + 3)
+    assert box.flush() == []
     ours.close()
-    assert module.write_each(10**6, answers[:2]) == [errno.EBADF] * 2
-    with pytest.raises(TypeError):
-        module.write_each(1, ["text"])

@@ -1,8 +1,8 @@
-/* Read blocks from the page cache, open them and send them on, in one call (FORMAT.md 3.3).
+/* Read blocks from the page cache and open them where they are sent from (FORMAT.md 3.3).
  *
  * The hot path of a guest that reads at random: each call from Python that is saved is a part of
  * what the guest waits for. The interpreter is kept all the while: nothing here waits for a disk,
- * and giving it away costs more. reader.py does the same without this module.
+ * and giving it away costs more. reader.py and outbox.py do the same without this module.
  */
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
@@ -13,7 +13,9 @@
 #include <openssl/evp.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #define BLOCK_SIZE 4096
 #define ENTRY_SIZE 32 /* epoch (4), counter (8), tag (16), flags (4); FORMAT.md 6.1 */
@@ -22,6 +24,164 @@
 #define KEY_SIZE 32
 #define PREFIX_MAX 56
 #define BLOCKS_MAX 32
+#define HEADER_MAX 64
+#define ANSWERS_MAX 8
+#define ANSWER_SIZE (HEADER_MAX + BLOCKS_MAX * BLOCK_SIZE)
+
+/* Answers that are kept back until there are several: who asks several things at once is then woken
+ * once for all. */
+typedef struct {
+    PyObject_HEAD
+    int fd;
+    int count;
+    size_t sizes[ANSWERS_MAX];
+    unsigned char *answers; /* plaintext: kept out of dumps, wiped in the end */
+    PyObject *failed;
+} Outbox;
+
+static PyTypeObject *outbox_type;
+
+static void outbox_dealloc(Outbox *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    if (self->answers != NULL) {
+        OPENSSL_cleanse(self->answers, ANSWERS_MAX * ANSWER_SIZE);
+        munmap(self->answers, ANSWERS_MAX * ANSWER_SIZE);
+    }
+    Py_XDECREF(self->failed);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *outbox_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    int fd;
+    if (!PyArg_ParseTuple(args, "i", &fd))
+        return NULL;
+    Outbox *self = (Outbox *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    self->fd = fd;
+    self->failed = PyList_New(0);
+    void *answers = mmap(NULL, ANSWERS_MAX * ANSWER_SIZE, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (self->failed == NULL || answers == MAP_FAILED) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    self->answers = answers;
+    (void)madvise(answers, ANSWERS_MAX * ANSWER_SIZE, MADV_DONTDUMP);
+    return (PyObject *)self;
+}
+
+/* Write all that was kept back; the interpreter is kept: nothing here waits. Returns 0, or -1. */
+static int send_all(Outbox *self)
+{
+    int status = 0;
+    for (int i = 0; i < self->count; i++) {
+        ssize_t count;
+        do
+            count = write(self->fd, self->answers + (size_t)i * ANSWER_SIZE, self->sizes[i]);
+        while (count < 0 && errno == EINTR);
+        if (count == (ssize_t)self->sizes[i])
+            continue;
+        PyObject *code = PyLong_FromLong(count < 0 ? errno : EIO);
+        if (code == NULL || PyList_Append(self->failed, code) < 0)
+            status = -1;
+        Py_XDECREF(code);
+    }
+    self->count = 0;
+    return status;
+}
+
+/* Returns where an answer with this header goes, or NULL with an exception set. */
+static unsigned char *next_answer(Outbox *self, const Py_buffer *header)
+{
+    if (header->len > HEADER_MAX) {
+        PyErr_SetString(PyExc_ValueError, "Outbox: sizes do not fit");
+        return NULL;
+    }
+    if (self->count == ANSWERS_MAX && send_all(self) < 0)
+        return NULL;
+    unsigned char *answer = self->answers + (size_t)self->count * ANSWER_SIZE;
+    memcpy(answer, header->buf, (size_t)header->len);
+    return answer + header->len;
+}
+
+PyDoc_STRVAR(put_doc,
+"put(header, content)\n\n"
+"Keep an answer back, of header and content, 128 KiB at most; the eighth sends those before it.");
+
+static PyObject *outbox_put(PyObject *object, PyObject *args)
+{
+    Outbox *self = (Outbox *)object;
+    Py_buffer header = {0}, content = {0};
+    if (!PyArg_ParseTuple(args, "y*y*", &header, &content))
+        return NULL;
+    if (content.len > BLOCKS_MAX * BLOCK_SIZE)
+        PyErr_SetString(PyExc_ValueError, "Outbox: sizes do not fit");
+    else {
+        unsigned char *at = next_answer(self, &header);
+        if (at != NULL) {
+            memcpy(at, content.buf, (size_t)content.len);
+            self->sizes[self->count++] = (size_t)(header.len + content.len);
+        }
+    }
+    PyBuffer_Release(&header);
+    PyBuffer_Release(&content);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(flush_doc,
+"flush() -> list\n\nSend what was kept back; returns the errno of those that were not taken.");
+
+static PyObject *outbox_flush(PyObject *object, PyObject *unused)
+{
+    Outbox *self = (Outbox *)object;
+    if (send_all(self) < 0)
+        return NULL;
+    if (PyList_GET_SIZE(self->failed) == 0)
+        return Py_NewRef(self->failed); /* nobody changes it: mostly there is none */
+    PyObject *fresh = PyList_New(0), *failed = self->failed;
+    if (fresh == NULL)
+        return NULL;
+    self->failed = fresh;
+    return failed;
+}
+
+static PyObject *outbox_count(PyObject *object, void *unused)
+{
+    return PyLong_FromLong(((Outbox *)object)->count);
+}
+
+static PyMethodDef outbox_methods[] = {
+    {"put", outbox_put, METH_VARARGS, put_doc},
+    {"flush", outbox_flush, METH_NOARGS, flush_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef outbox_values[] = {
+    {"count", outbox_count, NULL, "Answers kept back.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot outbox_slots[] = {
+    {Py_tp_new, outbox_new},
+    {Py_tp_dealloc, outbox_dealloc},
+    {Py_tp_methods, outbox_methods},
+    {Py_tp_getset, outbox_values},
+    {Py_tp_doc, "Outbox(fd): answers that are sent together. One thread at a time."},
+    {0, NULL},
+};
+
+static PyType_Spec outbox_spec = {
+    .name = "sealfs.image._blockread.Outbox",
+    .basicsize = sizeof(Outbox),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = outbox_slots,
+};
 
 typedef struct {
     uint32_t epoch;
@@ -34,8 +194,6 @@ typedef struct {
     Py_ssize_t count;
     unsigned char aad[PREFIX_MAX + 8];
     int prefix_size;
-    /* Hot, unlike a new object for each block; plaintext, so it is wiped in the end. */
-    unsigned char blocks[BLOCKS_MAX * BLOCK_SIZE];
 } Opener;
 
 static void forget_keys(Opener *self)
@@ -45,7 +203,6 @@ static void forget_keys(Opener *self)
     PyMem_Free(self->keys);
     self->keys = NULL;
     self->count = 0;
-    OPENSSL_cleanse(self->blocks, sizeof(self->blocks));
 }
 
 static void opener_dealloc(Opener *self)
@@ -114,7 +271,7 @@ end:
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(forget_doc, "forget()\n\nWipe all keys, and what was read last.");
+PyDoc_STRVAR(forget_doc, "forget()\n\nWipe all keys.");
 
 static PyObject *opener_forget(PyObject *object, PyObject *unused)
 {
@@ -154,11 +311,12 @@ static int open_block(Opener *self, EVP_CIPHER_CTX *ctx, const unsigned char *en
 }
 
 PyDoc_STRVAR(send_doc,
-"send(fd, offset, block, count, leaf, at, out_fd, header) -> content\n\n"
+"send(fd, offset, block, count, leaf, at, outbox, header, keep) -> content\n\n"
 "Read `count` present blocks at `offset` of fd, 32 at most, if they are in the page cache, open\n"
-"them by the entries from `at` on of their leaf page, and write header and content to out_fd in one\n"
-"piece. Returns the content of one block, True for several; None where reading would wait (or\n"
-"failed); False where one does not authenticate: then nothing was sent. KeyError: the epoch that the entry names, if its key is not known. OSError: writing failed.");
+"them by the entries from `at` on of their leaf page, and put header and content into the outbox.\n"
+"Returns the content where it is to be kept, else True; None where reading would wait (or failed);\n"
+"False where one does not authenticate: then nothing is sent. KeyError: the epoch that an entry\n"
+"names, if its key is not known.");
 
 static PyObject *opener_send(PyObject *object, PyObject *const *args, Py_ssize_t arg_count)
 {
@@ -166,11 +324,12 @@ static PyObject *opener_send(PyObject *object, PyObject *const *args, Py_ssize_t
     Py_buffer leaf = {0}, header = {0};
     PyObject *result = NULL;
 
-    if (arg_count != 8) {
-        PyErr_SetString(PyExc_TypeError, "send: eight arguments");
+    if (arg_count != 9 || !Py_IS_TYPE(args[6], outbox_type)) {
+        PyErr_SetString(PyExc_TypeError, "send: nine arguments, the seventh an Outbox");
         return NULL;
     }
-    int fd = (int)PyLong_AsLong(args[0]), out_fd = (int)PyLong_AsLong(args[6]);
+    Outbox *outbox = (Outbox *)args[6];
+    int fd = (int)PyLong_AsLong(args[0]), keep = PyObject_IsTrue(args[8]);
     long long offset = PyLong_AsLongLong(args[1]);
     unsigned long long block = PyLong_AsUnsignedLongLong(args[2]);
     Py_ssize_t count = PyLong_AsSsize_t(args[3]), at = PyLong_AsSsize_t(args[5]);
@@ -195,7 +354,9 @@ static PyObject *opener_send(PyObject *object, PyObject *const *args, Py_ssize_t
         Py_XDECREF(epoch);
         goto end;
     }
-    unsigned char *plain = self->blocks;
+    unsigned char *plain = next_answer(outbox, &header);
+    if (plain == NULL)
+        goto end;
     struct iovec in = {plain, size};
     if (preadv2(fd, &in, 1, (off_t)offset, RWF_NOWAIT) != (ssize_t)size) {
         result = Py_NewRef(Py_None);
@@ -209,19 +370,10 @@ static PyObject *opener_send(PyObject *object, PyObject *const *args, Py_ssize_t
             goto end;
         }
     }
-    struct iovec out[2] = {{header.buf, (size_t)header.len}, {plain, size}};
-    ssize_t written;
-    do
-        written = writev(out_fd, out, 2);
-    while (written < 0 && errno == EINTR);
-    if (written != header.len + (ssize_t)size) {
-        if (written >= 0)
-            errno = EIO;
-        PyErr_SetFromErrno(PyExc_OSError);
-    } else {
-        result = count > 1 ? Py_NewRef(Py_True)
-                           : PyBytes_FromStringAndSize((char *)plain, BLOCK_SIZE);
-    }
+    result = keep ? PyBytes_FromStringAndSize((char *)plain, (Py_ssize_t)size)
+                  : Py_NewRef(Py_True);
+    if (result != NULL)
+        outbox->sizes[outbox->count++] = (size_t)header.len + size;
 end:
     PyBuffer_Release(&leaf);
     PyBuffer_Release(&header);
@@ -260,9 +412,12 @@ static struct PyModuleDef module = {
 PyMODINIT_FUNC PyInit__blockread(void)
 {
     PyObject *self = PyModule_Create(&module);
-    PyObject *type = self == NULL ? NULL : PyType_FromSpec(&opener_spec);
-    if (type == NULL || PyModule_AddObjectRef(self, "Opener", type) < 0)
+    PyObject *opener = PyType_FromSpec(&opener_spec), *outbox = PyType_FromSpec(&outbox_spec);
+    if (self == NULL || opener == NULL || outbox == NULL ||
+        PyModule_AddObjectRef(self, "Opener", opener) < 0 ||
+        PyModule_AddObjectRef(self, "Outbox", outbox) < 0)
         Py_CLEAR(self);
-    Py_XDECREF(type);
+    Py_XDECREF(opener);
+    outbox_type = (PyTypeObject *)outbox; /* kept for as long as the process lives */
     return self;
 }

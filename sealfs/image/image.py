@@ -31,6 +31,7 @@ from sealfs.image.layout import (
     block_count_of,
     group_runs,
 )
+from sealfs.image.outbox import Outbox
 from sealfs.image.plan import Buffer
 from sealfs.image.reader import ATTEMPTS_MAX, UNSURE, Reader
 from sealfs.image.recovery import Witness
@@ -239,13 +240,13 @@ class SealedImage:
         start = offset - first * BLOCK_SIZE
         return memoryview(out)[start : start + end - offset]
 
-    def send_blocks(self, offset: int, size: int, out_fd: int, header: bytes) -> int:
-        """Write `header` and whole blocks to a descriptor, in one piece, if nothing is waited for.
+    def send_blocks(self, offset: int, size: int, outbox: Outbox, header: bytes) -> int:
+        """Answer with `header` and whole blocks, if nothing must be waited for.
 
         Args:
             offset: a multiple of BLOCK_SIZE.
             size: another one, of SEND_BLOCKS_MAX blocks at most.
-            out_fd: where to.
+            outbox: takes the answer.
             header: goes before them.
 
         Returns:
@@ -254,11 +255,10 @@ class SealedImage:
 
         Raises:
             BlockDamaged: the node page that names the blocks is lost.
-            OSError: writing to the descriptor failed.
         """
         if offset + size > self.size:
             return UNSURE
-        return self._reader.send_blocks(offset // BLOCK_SIZE, size // BLOCK_SIZE, out_fd, header)
+        return self._reader.send_blocks(offset // BLOCK_SIZE, size // BLOCK_SIZE, outbox, header)
 
     @property
     def descriptor(self) -> int:

@@ -1,7 +1,6 @@
-/* Requests and answers of /dev/fuse, with few hand-overs of the interpreter.
+/* Wait for a request of /dev/fuse by asking again and again, without the interpreter.
  *
- * To be woken, or to wait for the interpreter, costs more than serving a block. device.py does the
- * same without this module.
+ * To be woken costs more than serving a block. device.py does the same without this module.
  */
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
@@ -80,46 +79,7 @@ end:
     return PyErr_Occurred() ? NULL : PyLong_FromSsize_t(count);
 }
 
-PyDoc_STRVAR(write_each_doc,
-"write_each(fd, answers) -> list\n\n"
-"Write each of a list of bytes objects. Returns the errno of those that were not taken.");
-
-static PyObject *write_each(PyObject *self, PyObject *args)
-{
-    int fd;
-    PyObject *answers, *failed = PyList_New(0);
-
-    if (failed == NULL || !PyArg_ParseTuple(args, "iO!", &fd, &PyList_Type, &answers)) {
-        Py_XDECREF(failed);
-        return NULL;
-    }
-    /* The interpreter is kept: nothing here waits. */
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(answers); i++) {
-        char *from;
-        Py_ssize_t size;
-        if (PyBytes_AsStringAndSize(PyList_GET_ITEM(answers, i), &from, &size) < 0)
-            goto error;
-        ssize_t count;
-        do
-            count = write(fd, from, (size_t)size);
-        while (count < 0 && errno == EINTR);
-        if (count == size)
-            continue;
-        PyObject *code = PyLong_FromLong(count < 0 ? errno : EIO);
-        if (code == NULL || PyList_Append(failed, code) < 0) {
-            Py_XDECREF(code);
-            goto error;
-        }
-        Py_DECREF(code);
-    }
-    return failed;
-error:
-    Py_DECREF(failed);
-    return NULL;
-}
-
 static PyMethodDef methods[] = {
-    {"write_each", write_each, METH_VARARGS, write_each_doc},
     {"spin_read", spin_read, METH_VARARGS, spin_read_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -127,7 +87,7 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT,
     .m_name = "sealfs.mount._device",
-    .m_doc = "Requests and answers of /dev/fuse.",
+    .m_doc = "Requests of /dev/fuse.",
     .m_size = -1,
     .m_methods = methods,
 };

@@ -1,8 +1,7 @@
-"""Requests and answers of /dev/fuse: the twin of `_device.c`, where that was not built."""
+"""Requests of /dev/fuse: the twin of `_device.c`, where that was not built."""
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import time
@@ -33,15 +32,3 @@ def spin_read(fd: int, buffer: mmap, others: tuple[int, ...], nanoseconds: int) 
             return -2
         if time.monotonic_ns() > end:
             return -1
-
-
-def write_each(fd: int, answers: list[bytes]) -> list[int]:
-    """Write each of the answers; return the errno of those that were not taken."""
-    failed: list[int] = []
-    for answer in answers:
-        try:
-            if os.write(fd, answer) != len(answer):
-                failed.append(errno.EIO)
-        except OSError as exc:
-            failed.append(exc.errno or errno.EIO)
-    return failed

@@ -25,11 +25,12 @@ from collections.abc import Awaitable, Callable
 import trio
 
 try:
-    from sealfs.mount._device import spin_read, write_each
+    from sealfs.mount._device import spin_read
 except ImportError:  # it could not be built here
-    from sealfs.mount.device import spin_read, write_each
+    from sealfs.mount.device import spin_read
 
 from sealfs.image.layout import BLOCK_SIZE
+from sealfs.image.outbox import outbox
 from sealfs.image.plan import Buffer
 from sealfs.image.reader import SEND_BLOCKS_MAX, SENT, UNSURE
 from sealfs.mount import protocol
@@ -61,7 +62,6 @@ from sealfs.mount.relay import Relay
 SPIN_NS = 30_000  # how long to poll before waiting: a wake-up through epoll costs about that
 SPIN_OFF_NS = 1_000_000  # no request for so long: the guest is idle, waiting is free
 DROP_PAGES_WAIT = 0.1  # seconds that a direct write beside buffered readers may be held up
-ANSWERS_MAX = 16
 COUNT_NS = 10_000_000  # between two counts of how many requests come at once
 RUN_MAX = 2  # requests in a row, on average: a quick guest has asked again before the lane looks
 YIELD_EVERY = 64  # requests served in a row
@@ -102,7 +102,7 @@ class Lane:
         self._spin_ns = spin_ns
         self._requests = self._runs = 0  # since the last count
         self._count_until_ns = 0
-        self._answers: list[bytes] = []  # to writes, kept back while more requests wait
+        self._outbox = outbox(device_fd)  # kept back while more requests wait
         self._is_lone = False  # there is one guest, which waits for each answer
         self._due = False  # another task can go on: yield before spinning
         self._last_request_ns = 0
@@ -144,7 +144,7 @@ class Lane:
             try:
                 count = readv(fd, buffers)
             except BlockingIOError:
-                if self._answers:
+                if self._outbox.count:
                     self._send_answers()
                 self._requests += in_a_row
                 self._runs += in_a_row > 0
@@ -190,7 +190,7 @@ class Lane:
             if in_a_row >= YIELD_EVERY:
                 self._requests += in_a_row
                 in_a_row = 0
-                if self._answers:
+                if self._outbox.count:
                     self._send_answers()
                 self._read_again()
                 self._due = False
@@ -245,16 +245,15 @@ class Lane:
         elif 0 < size <= SEND_SIZE_MAX and not (offset | size) & BLOCK_MASK:
             try:
                 missing = handle.disk.opened.send_blocks(
-                    offset, size, self._fd, _pack(BODY_OUT + size, 0, unique)
+                    offset, size, self._outbox, _pack(BODY_OUT + size, 0, unique)
                 )
-            except OSError as exc:
-                _not_taken(exc)
-                return
             except Exception as exc:
                 self._fail(unique, handle.disk, exc)
                 return
             if missing != SENT:
                 self._bring(unique, handle.disk, offset, size, missing)
+            elif self._is_lone:
+                self._send_answers()
         else:
             self._read_bytes(unique, handle.disk, offset, size)
 
@@ -275,13 +274,12 @@ class Lane:
         for unique, disk, offset, size, tries in found:
             try:
                 header = _pack(BODY_OUT + size, 0, unique)
-                missing = disk.opened.send_blocks(offset, size, self._fd, header)
+                missing = disk.opened.send_blocks(offset, size, self._outbox, header)
                 if missing != SENT:
                     self._bring(unique, disk, offset, size, missing, tries + 1)
-            except OSError as exc:
-                _not_taken(exc)
             except Exception as exc:
                 self._fail(unique, disk, exc)
+        self._send_answers()
         return bool(found)
 
     def _read_bytes(self, unique: int, disk: Disk, offset: int, size: int) -> None:
@@ -329,8 +327,8 @@ class Lane:
                 return
             self._disks.wrote()
             if not durable:
-                self._answers.append(WRITE_OUT.pack(WRITE_OUT.size, 0, unique, size, 0))
-                if self._is_lone or len(self._answers) >= ANSWERS_MAX:
+                self._outbox.put(WRITE_OUT.pack(WRITE_OUT.size, 0, unique, size, 0), b"")
+                if self._is_lone:
                     self._send_answers()
             elif not self._flushed_here(unique, disk, _written(size)):
                 self._start(unique, disk, self._commit, disk, size)
@@ -506,9 +504,8 @@ class Lane:
 
     def _send_answers(self) -> None:
         """Send what was kept back: who has several answers at once asks several things at once."""
-        for code in write_each(self._fd, self._answers):
+        for code in self._outbox.flush():
             _not_taken(OSError(code, os.strerror(code)))
-        self._answers.clear()
 
     def _send(self, reply: bytes) -> None:
         try:
