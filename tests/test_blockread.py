@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from native_fuzz import Fuzz
 from sending import HEADER, sent
 
 from sealfs.errors import BlockDamaged
@@ -425,3 +426,14 @@ def test_answers_are_kept_back_and_written_each_by_itself(kind: Any) -> None:
     assert box.flush() == [errno.EPIPE] * (ANSWERS_MAX + 3)
     assert box.flush() == []
     ours.close()
+
+
+def test_random_arguments_are_answered_or_refused() -> None:
+    """A little of what `tools/sanitize` does for longer, over modules that check themselves."""
+    fuzz = Fuzz(20261123)
+    for _ in range(60):
+        for part in (fuzz.seal_and_open, fuzz.write, fuzz.wait):
+            part()
+    for name in ("seal_run", "open_run", "send", "put", "write_blocks", "spin_read", "read"):
+        assert fuzz.calls[f"{name}: answered"]
+        assert fuzz.calls[f"{name}: TypeError"]

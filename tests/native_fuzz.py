@@ -1,0 +1,163 @@
+"""Random arguments, right and wrong, for the C modules: they answer or raise, and never crash.
+
+`tools/sanitize` runs it over modules built with the address and undefined-behaviour sanitizers:
+    python tests/native_fuzz.py [SECONDS [SEED]]
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from typing import Any
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from sealfs.image import _blockread, _blockseal, _blockwrite
+from sealfs.mount import _device, _ring
+
+PAGE = 4096
+PREFIX = b"sealfs block" + bytes(16)
+
+
+class Fuzz:
+    """Calls of one run; `calls` counts how each function ended."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.calls: Counter[str] = Counter()
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the run
+        self.fd = self.file.fileno()
+        self.null = os.open(os.devnull, os.O_RDWR)
+        self.receiving, self.sending = os.pipe2(os.O_NONBLOCK)
+        self.ring = _ring.Ring()
+
+    def odd(self) -> Any:
+        """Return something that is seldom what was asked for."""
+        rng = self.rng
+        return rng.choice(
+            (None, -1, 0, 2**31, 2**32, 2**63, 2**64, -(2**70), 1.5, b"", "x", [], [1], [-1, 2**65],
+             {}, {1: b""}, (), bytes(rng.randrange(100)), bytearray(PAGE), memoryview(bytes(33)),
+             range(3), self.fd)
+        )  # fmt: skip
+
+    def call(self, name: str, function: Any, *args: Any) -> Any:
+        """Call, now and then with one argument replaced or missing; return what came, or None."""
+        given = list(args)
+        if given and self.rng.random() < 0.4:
+            given[self.rng.randrange(len(given))] = self.odd()
+        if given and self.rng.random() < 0.03:
+            given.pop()
+        try:
+            found = function(*given)
+        except (TypeError, ValueError, OverflowError, KeyError, OSError, BufferError) as exc:
+            self.calls[f"{name}: {type(exc).__name__}"] += 1
+            return None
+        self.calls[f"{name}: answered"] += 1
+        return found if given == list(args) else None
+
+    def seal_and_open(self) -> None:
+        """Seal a run; open it, whole or altered, by run and by block."""
+        rng = self.rng
+        count, epoch = rng.randrange(0, 9), rng.choice((1, 7, 2**32 - 1))
+        key, slab = rng.randbytes(32), rng.randbytes(PAGE * 10)
+        first, counter = rng.randrange(2**40), rng.randrange(2**60)
+        blocks, frames = list(range(first, first + count)), rng.sample(range(10), count)
+        out = memoryview(bytearray(count * PAGE + 16))
+        entries = self.call(
+            "seal_run", _blockseal.seal_run, key, PREFIX, epoch, counter, blocks, slab, frames, out
+        )
+        if entries is None:
+            return
+        assert len(entries) == 32 * count
+        run = bytearray(out[: count * PAGE])
+        for i in range(count):
+            nonce, tag = entries[32 * i : 32 * i + 12], entries[32 * i + 12 : 32 * i + 28]
+            data = PREFIX + (first + i).to_bytes(8, "little")
+            sealed = bytes(run[i * PAGE : (i + 1) * PAGE]) + tag
+            plain = AESGCM(key).decrypt(nonce, sealed, data)
+            assert plain == slab[frames[i] * PAGE : (frames[i] + 1) * PAGE]
+        os.pwrite(self.fd, run, 0)
+        altered = count and rng.random() < 0.4
+        if altered:
+            run[rng.randrange(len(run))] ^= 1 << rng.randrange(8)
+        found = self.call(
+            "open_run", _blockseal.open_run, {epoch: bytearray(key)}, PREFIX, first, entries,
+            memoryview(run),
+        )  # fmt: skip
+        if found is not None:
+            assert (found >= 0) == bool(altered)
+        self.send(key, epoch, first, count, entries, slab, frames)
+
+    def send(
+        self, key: bytes, epoch: int, first: int, count: int, entries: bytes, slab: bytes,
+        frames: list[int],
+    ) -> None:  # fmt: skip
+        """Send the run from the file, through an outbox."""
+        opener, leaf = _blockread.Opener(PREFIX), entries.ljust(PAGE, b"\0")
+        box = _blockread.Outbox(self.null)
+        for each in self.rng.sample((epoch, epoch ^ 1, epoch ^ 2), self.rng.randrange(1, 4)):
+            self.call("add", opener.add, each, key if each == epoch else bytes(32))
+        keep = self.rng.random() < 0.5
+        for _ in range(self.rng.randrange(1, 12)):
+            found = self.call(
+                "send", opener.send, self.fd, 0, first, count, leaf, 0, box, b"head", keep
+            )
+            if isinstance(found, bytes):
+                wanted = [slab[frame * PAGE : (frame + 1) * PAGE] for frame in frames]
+                assert found == b"".join(wanted)
+            self.call("put", box.put, self.rng.randbytes(16), self.rng.randbytes(100))
+            assert 0 <= box.count <= 8
+        self.call("forget", opener.forget)
+        self.call("flush", box.flush)
+
+    def write(self) -> None:
+        """Write blocks to places of the file."""
+        count = self.rng.randrange(0, 12)
+        places = [self.rng.randrange(64) * PAGE for _ in range(count)]
+        offsets = b"".join(place.to_bytes(8, sys.byteorder) for place in places)
+        content = self.rng.randbytes(count * PAGE)
+        found = self.call(
+            "write_blocks", _blockwrite.write_blocks, self.fd, offsets, content, 1 << 20
+        )
+        if found == (-1, 0):
+            for i, place in enumerate(places):
+                if place not in places[i + 1 :]:
+                    assert os.pread(self.fd, PAGE, place) == content[i * PAGE : (i + 1) * PAGE]
+
+    def wait(self) -> None:
+        """Spin for what is there or not; have parts of the file read."""
+        buffer = mmap.mmap(-1, PAGE)
+        if self.rng.random() < 0.5:
+            os.write(self.sending, b"request")
+        self.call("spin_read", _device.spin_read, self.receiving, buffer, (self.null,), 1000)
+        for _ in range(self.rng.randrange(20)):
+            self.call(
+                "read", self.ring.read, self.fd, self.rng.randrange(2**20),
+                self.rng.randrange(140 << 10), self.rng.randrange(2**64),
+            )  # fmt: skip
+        self.call("done", self.ring.done)
+        if self.rng.random() < 0.01:
+            self.call("close", self.ring.close)
+            self.ring = _ring.Ring()
+
+
+def main() -> None:
+    """Fuzz for some seconds and say what was called."""
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else time.time_ns() % 10**6
+    print(f"seed {seed}", flush=True)
+    fuzz, end = Fuzz(seed), time.monotonic() + seconds
+    while time.monotonic() < end:
+        for part in (fuzz.seal_and_open, fuzz.write, fuzz.wait):
+            part()
+    for name, count in sorted(fuzz.calls.items()):
+        print(f"{count:9,} {name}")
+
+
+if __name__ == "__main__":
+    main()
