@@ -36,6 +36,13 @@ class Fuzz:
         self.receiving, self.sending = os.pipe2(os.O_NONBLOCK)
         self.ring = _ring.Ring()
 
+    def close(self) -> None:
+        """Let go of everything."""
+        self.ring.close()
+        self.file.close()
+        for fd in (self.null, self.receiving, self.sending):
+            os.close(fd)
+
     def odd(self) -> Any:
         """Return something that is seldom what was asked for."""
         rng = self.rng
