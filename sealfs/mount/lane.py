@@ -62,6 +62,8 @@ from sealfs.mount.relay import Relay
 SPIN_NS = 30_000  # how long to poll before waiting: a wake-up through epoll costs about that
 SPIN_OFF_NS = 1_000_000  # no request for so long: the guest is idle, waiting is free
 DROP_PAGES_WAIT = 0.1  # seconds that a direct write beside buffered readers may be held up
+LONG_READ = 256 << 10  # bytes of a read that may be a worker's
+LONG_READS_MAX = 2  # such reads that workers have at once
 COUNT_NS = 10_000_000  # between two counts of how many requests come at once
 RUN_MAX = 2  # requests in a row, on average: a quick guest has asked again before the lane looks
 YIELD_EVERY = 64  # requests served in a row
@@ -283,6 +285,14 @@ class Lane:
         return bool(found)
 
     def _read_bytes(self, unique: int, disk: Disk, offset: int, size: int) -> None:
+        # A guest that reads ahead asks for several of these: the lane and two workers share them.
+        if (
+            size >= LONG_READ
+            and not self._is_lone
+            and self._disks.workers.busy_count < LONG_READS_MAX
+        ):
+            self._start(unique, disk, self._read_slowly, disk, offset, size)
+            return
         try:
             data = disk.opened.try_read(offset, size)
         except Exception as exc:
