@@ -502,8 +502,37 @@ RECOVER = (
     ),
     Mutant(
         "what a lost node page covers is holes to a read that need not wait", "6.4; G3", READER,
-        (("                self._tree.check_lost(block, 1)\n", "                pass\n"),),
+        (("                self._tree.check_lost(first, count)\n", "                pass\n"),),
         (REBUILD,),
+    ),
+    Mutant(
+        "a run is sent though a block of it is newer in memory", "1.2; 8.2 step 5", READER,
+        (("        elif cache.has_newer(first, count):\n", "        elif count > 1000:\n"),),
+        ("tests/test_blockread.py", IMAGE),
+    ),
+    Mutant(
+        "a write is accepted though its space is being given back", "8.4", COMMITTER,
+        (("            and not self._volume.space.is_reclaiming(group)\n", ""),),
+        (SPACE, IMAGE, CUTS),
+    ),
+    Mutant(
+        "a write is accepted without its space", "8.4", COMMITTER,
+        (("            and self._volume.space.has(node.slots[i], index, count)\n", ""),),
+        (SPACE, IMAGE, CUTS),
+    ),
+    Mutant(
+        "a record is made longer than half the journal", "7", COMMITTER,
+        (("        if head_pages + inline_count > self._volume.journal.record_pages_max:\n"
+          "            return False\n", ""),),
+        (SPACE, IMAGE, CUTS),
+    ),
+    Mutant(
+        "a live block is written in place", "8.1", COMMITTER,
+        (("                inline = [block for block in members if flags[block - first]]\n",
+          "                inline = []\n"),
+         ("                direct = [block for block in members if not flags[block - first]]\n",
+          "                direct = members\n"),),
+        (CUTS,),
     ),
     Mutant(
         "a search for data passes over what is lost", "6.4; G3", COMMITTER,

@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 from crash_support import set_limit
+from sending import sent
 from simulation import SimulatedDisk, SimulatedStorage
 from test_refcheck import refcheck
 
@@ -552,6 +553,7 @@ def test_nothing_changes_what_a_lost_node_page_covers(node: Node) -> None:
         lambda: image.seek(first, os.SEEK_HOLE),
         lambda: image.read(0, BLOCKS * PAGE),
         lambda: image.try_read(first, PAGE),
+        lambda: sent(image, first),
     ]
     for attempt in attempts:
         with pytest.raises(BlockDamaged, match="are lost: node page") as info:
