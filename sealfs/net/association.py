@@ -1,0 +1,383 @@
+"""One peer of one attachment: when keys are agreed on, used, replaced and forgotten.
+
+Nothing here waits or sends: time comes in as `now`, in seconds of any steady clock, and what is to
+be sent comes out as whole frames. The states of a session (the keys of one handshake):
+
+    first message ->  answer           the end that began has it `offered`, the other `pending`
+    offered        -> current          when a frame of the other end opens under it
+    pending        -> current          likewise
+    current        -> previous         when the next one becomes current; still opens frames
+    previous       -> forgotten        some seconds later
+
+So nothing is sealed for the guest under keys that the other end has not proven to have, and a
+first message that somebody repeats or makes up never touches working keys. The end that began
+proves it by a word under the new keys, and the other answers it with one.
+
+Both ends may begin at once: the one with the lower SCI ignores the other's first message while its
+own may still be answered. Neither end forgets keys because the other is silent; it begins again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from sealfs.net import handshake, labels
+from sealfs.net.cipher import KeySpent, ReceivingKey, SendingKey, association_key
+from sealfs.net.frame import ADDRESSES_SIZE, OVERHEAD, TCI, Word
+from sealfs.net.handshake import ASSOCIATION_COUNT, Agreement, Offer, Refused, Secrets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+REKEY_AGE: Final = 3600.0
+REKEY_FRAMES: Final = 1 << 32
+REKEY_SLACK: Final = 60.0
+"""Seconds after which the end that did not begin last time begins, if the other does not."""
+KEY_AGE_MAX: Final = 2 * REKEY_AGE
+"""Seconds after which keys are forgotten even where no new ones could be agreed on."""
+PREVIOUS_LIFE: Final = 5.0
+"""Seconds for frames that were on their way when keys changed."""
+OFFER_LIFE: Final = 2.0
+"""Seconds in which an answer may come: more than twice round the earth."""
+RETRY_MIN: Final = 1.0
+RETRY_MAX: Final = 15.0
+CONFIRM_INTERVAL: Final = 0.5
+CONFIRM_LIFE: Final = 5.0
+PENDING_HOLD: Final = 0.5
+"""Seconds in which another first message does not replace one that was just answered: less than
+the other end waits before it tries again."""
+PENDING_LIFE: Final = 10.0
+KEEPALIVE: Final = 10.0
+SILENCE: Final = 35.0
+"""Seconds without a frame after which a peer is taken for gone: three keepalives and a bit."""
+FIRSTS_PER_SECOND: Final = 5.0
+FIRSTS_BURST: Final = 10.0
+FIRSTS_REMEMBERED: Final = 4096
+"""First messages whose repetition is recognised; at one an hour, half a year of them."""
+
+Table = dict[tuple[int, int], "Session"]
+"""Who sends under which SCI and TCI; see `Session.place`."""
+
+
+@dataclass(slots=True, repr=False, eq=False)
+class Session:
+    """The keys of one handshake, both directions."""
+
+    association: Association
+    place: tuple[int, int]
+    association_number: int
+    is_initiator: bool
+    made_at: float
+    sending: SendingKey
+    receiving: ReceivingKey
+    is_confirmed: bool = False
+    """A frame of the other end has opened under it."""
+
+    def forget(self) -> None:
+        """Let go of the keys."""
+        self.sending.wipe()
+        self.receiving.wipe()
+
+
+@dataclass(slots=True)
+class HandshakeCounts:
+    """What became of handshakes."""
+
+    completed: int = 0
+    begun: int = 0
+    answered: int = 0
+    refused: int = 0
+    repeated: int = 0
+    limited: int = 0
+    last_refusal: str = ""
+
+
+@dataclass(slots=True)
+class Timing:
+    """What tests make shorter."""
+
+    rekey_age: float = REKEY_AGE
+    rekey_frames: int = REKEY_FRAMES
+
+
+class Association:
+    """All that one end knows of one peer."""
+
+    def __init__(
+        self,
+        *,
+        secrets: Secrets,
+        sci: bytes,
+        addresses: bytes,
+        table: Table,
+        random: Callable[[int], bytes],
+        timing: Timing | None = None,
+        on_seal: Callable[[bytes, bytes], None] | None = None,
+    ) -> None:
+        """Make an end that has no keys yet; the first `tick` begins.
+
+        Args:
+            secrets: of the network.
+            sci: this end's.
+            addresses: destination and source of this end's handshakes and words, 12 octets.
+            table: gets the sessions under which frames may come; shared by an attachment's peers.
+            random: returns fresh random octets.
+            timing: when keys are replaced.
+            on_seal: called with (key, nonce) for each frame; tests prove uniqueness with it.
+        """
+        if len(addresses) != ADDRESSES_SIZE:
+            raise ValueError(f"addresses have {ADDRESSES_SIZE} octets")
+        self._secrets, self._sci, self._addresses = secrets, sci, addresses
+        self._table, self._random, self._on_seal = table, random, on_seal
+        self._timing = timing or Timing()
+        self.peer_sci = b""
+        self.counts = HandshakeCounts()
+        self.current: Session | None = None
+        self._previous: Session | None = None
+        self._previous_until = 0.0
+        self._pending: Session | None = None
+        self._offered: Session | None = None
+        self._confirm_at = 0.0
+        self._offer: Offer | None = None
+        self._offer_until = 0.0
+        self._attempts = 0
+        self._attempt_at = 0.0
+        self._tokens, self._tokens_at = FIRSTS_BURST, 0.0
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self.heard = False
+        """Set by who opens a frame of this peer."""
+        self.sent = False
+        """Set by who sends a frame to this peer."""
+        self.heard_at = 0.0
+        self._sent_at = 0.0
+        self.is_silent = False
+
+    @property
+    def state(self) -> str:
+        """One word for people: up, silent or connecting."""
+        if self.current is None:
+            return "connecting"
+        return "silent" if self.is_silent else "up"
+
+    def tick(self, now: float) -> list[bytes]:
+        """Do what is due; return frames to send. Called a few times a second."""
+        if self.heard:
+            self.heard, self.heard_at, self.is_silent = False, now, False
+        if self.sent:
+            self.sent, self._sent_at = False, now
+        self._expire(now)
+        out: list[bytes] = []
+        offered, current = self._offered, self.current
+        if offered is not None and now >= self._confirm_at:
+            self._confirm_at = now + CONFIRM_INTERVAL
+            out += self._say(offered, Word.CONFIRM)
+        if current is not None:
+            if now - self.heard_at > SILENCE:
+                self.is_silent = True
+            if now - self._sent_at >= KEEPALIVE:
+                self._sent_at = now
+                out += self._say(current, Word.ALIVE)
+        if self._wants_keys(now) and not (self._offered or self._pending):
+            out += self._begin(now)
+        return out
+
+    def take_handshake(self, body: bytes, now: float) -> list[bytes]:
+        """Take a handshake message of this peer's address; return frames to send.
+
+        Whatever it is, keys in use stay as they are.
+        """
+        try:
+            if handshake.kind_of(body) == handshake.FIRST:
+                return self._take_first(body, now)
+            return self._take_answer(body, now)
+        except Refused as exc:
+            self.counts.refused += 1
+            self.counts.last_refusal = str(exc)
+            return []
+
+    def opened(self, session: Session, now: float) -> list[bytes]:
+        """Note the first frame that opened under a session; return frames to send."""
+        session.is_confirmed = True
+        if session is not self._pending and session is not self._offered:
+            return []
+        was_pending = session is self._pending
+        self._pending = self._forgotten(self._pending, unless=session)
+        self._offered = self._forgotten(self._offered, unless=session)
+        self._previous = self._forgotten(self._previous)
+        self._previous, self._previous_until = self.current, now + PREVIOUS_LIFE
+        self.current = session
+        self._offer = None
+        self._attempts = 0
+        self.counts.completed += 1
+        self.heard_at, self.is_silent = now, False
+        return self._say(session, Word.ALIVE) if was_pending else []
+
+    def take_word(self, session: Session, word: int) -> list[bytes]:
+        """Take a word that came under a session; return frames to send."""
+        return self._say(session, Word.ALIVE) if word == Word.CONFIRM else []
+
+    def forget(self) -> None:
+        """Forget all keys."""
+        self._offer = None
+        for name in ("current", "_previous", "_pending", "_offered"):
+            setattr(self, name, self._forgotten(getattr(self, name)))
+
+    # Handshakes
+
+    def _wants_keys(self, now: float) -> bool:
+        if now < self._attempt_at:
+            return False
+        current = self.current
+        if current is None or self.is_silent:
+            return True
+        age, timing = now - current.made_at, self._timing
+        return (
+            age >= timing.rekey_age + (0 if current.is_initiator else REKEY_SLACK)
+            or current.sending.next_number > timing.rekey_frames
+            or current.receiving.window.highest > timing.rekey_frames
+        )
+
+    def _begin(self, now: float) -> list[bytes]:
+        self._offer = Offer(
+            self._secrets,
+            sci=self._sci,
+            ephemeral=self._random(32),
+            in_use=frozenset(s.association_number for s in (self.current, self._previous) if s),
+        )
+        self._offer_until = now + OFFER_LIFE
+        # Jitter, so that many attachments of two hosts do not keep step.
+        wait = min(RETRY_MAX, RETRY_MIN * 2 ** min(self._attempts, 8))
+        self._attempt_at = now + wait * (0.75 + self._random(1)[0] / 512)
+        self._attempts += 1
+        self.counts.begun += 1
+        return [self._framed(self._offer.body)]
+
+    def _take_first(self, body: bytes, now: float) -> list[bytes]:
+        first = handshake.parse_first(self._secrets, body)
+        if first.sci == self._sci:
+            raise Refused("the peer has this device's own SCI: attached twice, or a reflection")
+        if self._offer is not None and now < self._offer_until and self._sci < first.sci:
+            return []  # both began: this end's first message counts
+        if first.ephemeral in self._seen:
+            self.counts.repeated += 1
+            return []
+        if not self._take_token(now):
+            self.counts.limited += 1
+            return []
+        answer = handshake.Answer(self._secrets, first)
+        self._seen[first.ephemeral] = None
+        if len(self._seen) > FIRSTS_REMEMBERED:
+            self._seen.popitem(last=False)
+        if self._pending is not None and now - self._pending.made_at < PENDING_HOLD:
+            self.counts.limited += 1
+            return []
+        self._pending = self._forgotten(self._pending)
+        number = self._free_number(answer.in_use)
+        message, agreement = answer.agree(
+            sci=self._sci, association_number=number, ephemeral=self._random(32)
+        )
+        self._pending = self._session(agreement, now)
+        self.counts.answered += 1
+        return [self._framed(message)]
+
+    def _take_answer(self, body: bytes, now: float) -> list[bytes]:
+        if self._offer is None or now >= self._offer_until:
+            raise Refused("it answers nothing")
+        agreement = self._offer.finish(body)
+        if self.current and agreement.association_number == self.current.association_number:
+            raise Refused("it agrees to an association number that is in use")
+        self._offer = None
+        self._offered = self._forgotten(self._offered)
+        self._offered = self._session(agreement, now)
+        self._confirm_at = now + CONFIRM_INTERVAL
+        return self._say(self._offered, Word.CONFIRM)
+
+    def _take_token(self, now: float) -> bool:
+        """Whether another first message may cost two X25519 operations now."""
+        self._tokens = min(FIRSTS_BURST, self._tokens + (now - self._tokens_at) * FIRSTS_PER_SECOND)
+        self._tokens_at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+    def _free_number(self, in_use: frozenset[int]) -> int:
+        """Return an association number that neither end uses for frames of now.
+
+        The other end names at most two, and this end has one more: one of four is free.
+        """
+        begin = self.current.association_number + 1 if self.current else 0
+        order = [(begin + step) % ASSOCIATION_COUNT for step in range(ASSOCIATION_COUNT)]
+        own = {self.current.association_number} if self.current else set()
+        late = {self._previous.association_number} if self._previous else set()
+        for taken in (in_use | own | late, in_use | own, own):
+            free = [number for number in order if number not in taken]
+            if free:
+                return free[0]
+        raise AssertionError("one number is in use, and four there are")
+
+    # Sessions
+
+    def _session(self, agreement: Agreement, now: float) -> Session:
+        """Make a session that opens frames; those that had its number are forgotten."""
+        peer_sci, number = agreement.peer_sci, agreement.association_number
+        # The highest SCI has SSCI 1, as MKA would assign them (IEEE 802.1X-2020 9.10).
+        ours, theirs = (1, 2) if self._sci > peer_sci else (2, 1)
+        key, salt = association_key(agreement.sending)
+        sending = SendingKey(
+            key, salt, sci=self._sci, ssci=ours, association_number=number,
+            on_seal=_hooked(self._on_seal, key),
+        )  # fmt: skip
+        receiving = ReceivingKey(*association_key(agreement.receiving), ssci=theirs)
+        place = (int.from_bytes(peer_sci, "big"), TCI | number)
+        for name in ("_previous", "_pending", "_offered"):
+            session: Session | None = getattr(self, name)
+            if session is not None and session.place == place:
+                setattr(self, name, self._forgotten(session))
+        self.peer_sci = peer_sci
+        session = Session(
+            self, place, number, agreement.is_initiator, now, sending, receiving
+        )  # fmt: skip
+        self._table[place] = session
+        return session
+
+    def _expire(self, now: float) -> None:
+        if self._offer is not None and now >= self._offer_until:
+            self._offer = None
+        if self._previous is not None and now >= self._previous_until:
+            self._previous = self._forgotten(self._previous)
+        if self._pending is not None and now - self._pending.made_at >= PENDING_LIFE:
+            self._pending = self._forgotten(self._pending)
+        if self._offered is not None and now - self._offered.made_at >= CONFIRM_LIFE:
+            self._offered = self._forgotten(self._offered)
+        age_max = self._timing.rekey_age + KEY_AGE_MAX - REKEY_AGE
+        if self.current is not None and now - self.current.made_at >= age_max:
+            self.current = self._forgotten(self.current)
+
+    def _forgotten(self, session: Session | None, unless: Session | None = None) -> Session | None:
+        """Forget a session, and return None for its place; `unless` it is this one."""
+        if session is not None and session is not unless:
+            if self._table.get(session.place) is session:
+                del self._table[session.place]
+            session.forget()
+        return None
+
+    def _say(self, session: Session, word: Word) -> list[bytes]:
+        out = memoryview(bytearray(ADDRESSES_SIZE + 1 + OVERHEAD))
+        out[:ADDRESSES_SIZE] = self._addresses
+        try:
+            session.sending.seal_into(out, memoryview(bytes([word])))
+        except KeySpent:
+            return []
+        return [bytes(out)]
+
+    def _framed(self, body: bytes) -> bytes:
+        return self._addresses + labels.HANDSHAKE.to_bytes(2, "big") + body
+
+
+def _hooked(
+    on_seal: Callable[[bytes, bytes], None] | None, key: bytes
+) -> Callable[[bytes], None] | None:
+    return None if on_seal is None else lambda nonce: on_seal(key, nonce)
