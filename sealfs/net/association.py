@@ -14,7 +14,7 @@ first message that somebody repeats or makes up never touches working keys. The 
 proves it by a word under the new keys, and the other answers it with one.
 
 Both ends may begin at once: the one with the lower SCI ignores the other's first message while its
-own may still be answered. Neither end forgets keys because the other is silent; it begins again.
+own may still lead to keys. Neither end forgets keys because the other is silent; it begins again.
 """
 
 from __future__ import annotations
@@ -258,7 +258,10 @@ class Association:
         first = handshake.parse_first(self._secrets, body)
         if first.sci == self._sci:
             raise Refused("the peer has this device's own SCI: attached twice, or a reflection")
-        if self._offer is not None and now < self._offer_until and self._sci < first.sci:
+        is_under_way = self._offered is not None or (
+            self._offer is not None and now < self._offer_until
+        )
+        if is_under_way and self._sci < first.sci:
             return []  # both began: this end's first message counts
         if first.ephemeral in self._seen:
             self.counts.repeated += 1
@@ -311,7 +314,7 @@ class Association:
         begin = self.current.association_number + 1 if self.current else 0
         order = [(begin + step) % ASSOCIATION_COUNT for step in range(ASSOCIATION_COUNT)]
         own = {self.current.association_number} if self.current else set()
-        late = {self._previous.association_number} if self._previous else set()
+        late = {s.association_number for s in (self._previous, self._offered) if s}
         for taken in (in_use | own | late, in_use | own, own):
             free = [number for number in order if number not in taken]
             if free:
