@@ -1,0 +1,284 @@
+"""One process of a host that serves all its attachments, and the socket by which it is told.
+
+The socket is `RUN_DIR/net.sock`, for root only (`sealfs/control.py`). Verbs:
+
+    attach   vm, network, device, port, link, peers -> attachment
+    detach   name -> nothing
+    status   -> attachments
+    metrics  -> text
+
+Keys never pass through it: the service asks the key service itself.
+
+Concurrency: everything runs in one trio thread. Each attachment is a task of its own; what goes
+wrong in one ends that one, and its state says why. `_places` is read and written between two trio
+checkpoints only, so that of two requests for one device the second is always refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from sealfs.control import ControlServer, Document, run_directory
+from sealfs.errors import Busy, NotFound, StorageFailed, UsageError
+from sealfs.keys.hardening import harden
+from sealfs.net.attachment import Attachment
+from sealfs.net.counters import prometheus
+from sealfs.net.link import Address, EthernetLink, Link, UdpLink
+from sealfs.net.port import Port, QemuPort, TapPort
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sealfs.net.grant import Grants
+
+SOCKET_NAME: Final = "net.sock"
+LOCK_NAME: Final = "net.lock"
+PEERS_MAX: Final = 64
+"""Peers of one attachment: a frame for all of them is sealed for each."""
+ATTACHMENTS_MAX: Final = 1024
+
+log = logging.getLogger("sealfs.net")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What `attach` is asked for."""
+
+    vm: str
+    network: str
+    device: int
+    tap: str | None
+    qemu: Path | None
+    listen: Address | None
+    ethernet: str | None
+    peers: tuple[Address, ...]
+
+    @property
+    def name(self) -> str:
+        """The attachment's name: the VM's device."""
+        return f"{self.vm}/{self.device}"
+
+    @classmethod
+    def parse(cls, document: Document) -> Request:
+        """Return what a request means.
+
+        Raises:
+            UsageError: it means nothing.
+        """
+        port, link, peers = (document.get(name) for name in ("port", "link", "peers"))
+        device, vm, network = (document.get(name) for name in ("device", "vm", "network"))
+        if not (isinstance(vm, str) and isinstance(network, str) and vm and network):
+            raise UsageError("attach", "needs a VM and a network")
+        if not isinstance(device, int) or not 0 <= device < 256:
+            raise UsageError(vm, f"has no network device {device}; they are 0 to 255")
+        tap, qemu = _one_of(vm, "port", port, ("tap", "qemu"))
+        listen, ethernet = _one_of(vm, "link", link, ("listen", "device"))
+        if not isinstance(peers, list) or not 0 < len(peers) <= PEERS_MAX:
+            raise UsageError(vm, f"needs 1 to {PEERS_MAX} peers")
+        addresses = tuple(Address.parse(str(peer)) for peer in peers)
+        if len(set(addresses)) != len(addresses):
+            raise UsageError(vm, "a peer is named twice")
+        return cls(
+            vm, network, device, tap, Path(qemu) if qemu else None,
+            Address.parse(listen) if listen else None, ethernet, addresses,
+        )  # fmt: skip
+
+    def open_port(self) -> Port:
+        """Open the VM's side."""
+        if self.tap is not None:
+            return TapPort(self.tap)
+        assert self.qemu is not None
+        return QemuPort(self.qemu)
+
+    def open_link(self) -> Link:
+        """Open the peers' side."""
+        if self.listen is not None:
+            return UdpLink(self.listen, self.peers)
+        assert self.ethernet is not None
+        return EthernetLink(self.ethernet, self.peers)
+
+
+def _one_of(
+    vm: str, what: str, document: object, names: tuple[str, str]
+) -> tuple[str | None, str | None]:
+    """Return the two texts of a document that has exactly one of them."""
+    if isinstance(document, dict) and len(document) == 1:
+        (name, text), *_ = document.items()
+        if name in names and isinstance(text, str) and text:
+            return (text, None) if name == names[0] else (None, text)
+    raise UsageError(vm, f"needs a {what}: {names[0]} or {names[1]}")
+
+
+class _Task:
+    """A running attachment, from outside."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+
+
+class Service:
+    """The attachments of a host."""
+
+    def __init__(self, grants: Grants, run_dir: Path | None = None, **options: Any) -> None:
+        """Make it; `run` serves.
+
+        Args:
+            grants: the key service.
+            run_dir: where the socket is.
+            options: for each `Attachment`; tests make things faster with them.
+        """
+        self._grants, self._options = grants, options
+        self._run_dir = run_dir or run_directory()
+        self._places: dict[tuple[str, int], Attachment | None] = {}
+        self._tasks: dict[Attachment, _Task] = {}
+        self._nursery: trio.Nursery | None = None
+        self.control = ControlServer(
+            self._run_dir / SOCKET_NAME,
+            {
+                "attach": self._attach,
+                "detach": self._detach,
+                "status": self._status,
+                "metrics": self._metrics,
+            },
+        )
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; then all keys are forgotten and all devices given back.
+
+        Raises:
+            Busy: another process serves this directory.
+            StorageFailed: the socket cannot be made.
+        """
+        with _locked(self._run_dir / LOCK_NAME):
+            bound = self.control.bind()
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                await nursery.start(self.control.run, bound)
+                task_status.started()
+
+    def attachments(self) -> list[Attachment]:
+        """Return all attachments, also those that have stopped."""
+        return [attachment for attachment in self._places.values() if attachment]
+
+    async def _attach(self, document: Document) -> Document:
+        request = Request.parse(document)
+        place = (request.vm, request.device)
+        there = self._places.get(place)
+        if place in self._places and (there is None or there in self._tasks):
+            raise Busy(request.name, "is attached already; a device has one place on one network")
+        if there is None and len(self._places) >= ATTACHMENTS_MAX:
+            raise Busy(request.name, f"{ATTACHMENTS_MAX} devices are attached, and no more can be")
+        self._places[place] = None
+        try:
+            attachment = await self._make(request)
+        except BaseException:
+            del self._places[place]
+            if there is not None:
+                self._places[place] = there
+            raise
+        self._places[place] = attachment
+        self._tasks[attachment] = _Task()
+        assert self._nursery is not None
+        self._nursery.start_soon(self._run_one, attachment)
+        log.info("%s: attached to network %s", attachment.name, attachment.network)
+        return {"attachment": attachment.status()}
+
+    async def _make(self, request: Request) -> Attachment:
+        grant = await self._grants.grant(request.network, request.vm, request.device)
+        with contextlib.ExitStack() as undo:
+            undo.callback(grant.wipe)
+            port = request.open_port()
+            undo.callback(port.close)
+            link = request.open_link()
+            undo.callback(link.close)
+            attachment = Attachment(
+                request.name, grant, port, link, request.peers,
+                still_allowed=partial(
+                    self._grants.still_allowed, request.network, request.vm, request.device
+                ),
+                **self._options,
+            )  # fmt: skip
+            undo.pop_all()
+        return attachment
+
+    async def _run_one(self, attachment: Attachment) -> None:
+        task = self._tasks[attachment]
+        try:
+            with task.scope:
+                await attachment.run()
+        except Exception:
+            attachment.state = "failed: internal error; see the log"
+            log.exception("%s: stopped by an internal error", attachment.name)
+        finally:
+            del self._tasks[attachment]
+            task.ended.set()
+
+    async def _detach(self, document: Document) -> Document:
+        name = str(document.get("name"))
+        for place, attachment in self._places.items():
+            if attachment is not None and attachment.name == name:
+                task = self._tasks.get(attachment)
+                if task is not None:
+                    task.scope.cancel()
+                    await task.ended.wait()
+                del self._places[place]
+                log.info("%s: detached", name)
+                return {}
+        raise NotFound(name, "is not attached; VM and device are meant, as web1/0")
+
+    async def _status(self, document: Document) -> Document:
+        return {"attachments": [attachment.status() for attachment in self.attachments()]}
+
+    async def _metrics(self, document: Document) -> Document:
+        return {"text": prometheus(attachment.status() for attachment in self.attachments())}
+
+
+def serve(
+    grants: Grants, run_dir: Path | None = None, *, on_ready: Callable[[], None] | None = None
+) -> None:
+    """Serve in this process until SIGTERM or SIGINT.
+
+    Raises:
+        Busy: another process serves this directory.
+        StorageFailed: the socket cannot be made.
+    """
+    harden()
+    trio.run(_serve, Service(grants, run_dir), on_ready)
+
+
+async def _serve(service: Service, on_ready: Callable[[], None] | None) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+            await nursery.start(service.run)
+            if on_ready is not None:
+                on_ready()
+            async for _ in signals:
+                nursery.cancel_scope.cancel()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise StorageFailed(path, exc.strerror or str(exc)) from exc
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(path.parent / SOCKET_NAME, "another process serves it") from None
+        yield
+    finally:
+        os.close(lock)
