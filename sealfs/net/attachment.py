@@ -309,7 +309,7 @@ class Attachment:
         found: list[tuple[memoryview, memoryview]] = []
         is_single, learned = len(self._all) == 1, self._learned
         session: Session | None = None
-        for at in range(0, size, segment or 1):
+        for at in range(0, size, segment) if size else (0,):
             end = min(at + segment, size)
             if end - at < SEALED_SIZE_MIN:
                 self.counters.drops[Drop.MALFORMED] += 1
