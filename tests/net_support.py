@@ -162,7 +162,20 @@ class LiveHost:
     def ping(self, address: str, *options: object, count: int = 5) -> int:
         """Return how many of `count` pings were answered."""
         said = self.run(
-            "ping", "-n", "-q", "-c", count, "-i", 0.02, "-W", 1, *options, address, status=None
+            "ping",
+            "-n",
+            "-q",
+            "-c",
+            count,
+            "-i",
+            0.02,
+            "-W",
+            1,
+            "-w",
+            5,
+            *options,
+            address,
+            status=None,
         )
         return int(said.split(" received")[0].rsplit(" ", 1)[1])
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -95,8 +96,8 @@ class Capture:
     def __init__(self, host: LiveHost, device: str, *expression: str) -> None:
         self.file = host.directory / f"{device}-{time.monotonic_ns()}.pcap"
         self._process = host.start(
-            "tcpdump", "-i", device, "-U", "--immediate-mode", "-B", 65536, "-s", 65535, "-w", self.file,
-            *expression,
+            "tcpdump", "-i", device, "-U", "--immediate-mode", "-B", 65536, "-s", 65535,
+            "-w", self.file, *expression,
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self._process.stderr is not None
