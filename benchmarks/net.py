@@ -247,8 +247,8 @@ def table(about: dict[str, Any], summaries: dict[str, dict[str, dict[str, Any]]]
             lines.append(f"| {row.title}, {row.unit} | {medians} | {ratios} |")
     lines += [
         "",
-        "Ratios above 1 are in sealfs's favour, also for latency. Must, in TCP throughput at an MTU",
-        "of 1500: 0.4 of the relay and 0.5 of OpenVPN; stretch: 1.0 of OpenVPN.",
+        "Ratios above 1 are in sealfs's favour, also for latency. Must, for TCP at an MTU of",
+        "1500: 0.4 of the relay and 0.5 of OpenVPN; stretch: 1.0 of OpenVPN.",
     ]
     return "\n".join(lines) + "\n"
 
