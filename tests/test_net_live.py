@@ -317,7 +317,8 @@ def test_a_frame_that_does_not_fit_is_told_and_counted(hosts: Hosts) -> None:
     assert a.ping("10.1.5.2", "-M", "do", "-s", 1422 - 28, count=3) == 3
     a.run("ip", "link", "set", "tap5", "mtu", 1500)
     assert a.ping("10.1.5.2", "-M", "do", "-s", 1500 - 28, count=3) == 0
-    assert a.drops("tap5-1")["too_long"] == 3
+    too_long = a.drops("tap5-1")["too_long"]
+    assert too_long >= 3
     assert "the VM must use an MTU of 1422" in a.log.read_text()
     # A VLAN tag of the guest's own fits into what is left for it.
     a.run("ip", "link", "set", "tap5", "mtu", 1422)
@@ -328,7 +329,7 @@ def test_a_frame_that_does_not_fit_is_told_and_counted(hosts: Hosts) -> None:
     )
     a.run(sys.executable, "-c", tagged)
     wait_for(lambda: b.status("tap5-2")["peers"][0]["frames_in"] > before, "the tagged frame")
-    assert a.drops("tap5-1")["too_long"] == 3
+    assert a.drops("tap5-1")["too_long"] == too_long
 
 
 def test_ipv6_between_the_hosts(hosts: Hosts) -> None:

@@ -69,7 +69,7 @@ class Address:
                     return cls(octets.hex(":"))
             raise UsageError(text, "is no Ethernet address of one device")
         host, _, port = text.rpartition(":")
-        if port.isdecimal() and 0 < int(port) < 1 << 16:
+        if port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16:
             with contextlib.suppress(ValueError):
                 if host.startswith("[") and host.endswith("]"):
                     return cls(str(ipaddress.IPv6Address(host[1:-1])), int(port))
