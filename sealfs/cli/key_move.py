@@ -15,7 +15,8 @@ from sealfs.cli import identities, sealed
 from sealfs.cli.asked import pin_file_option
 from sealfs.cli.errors import warn
 from sealfs.cli.images import enter
-from sealfs.cli.keys import key_command, record_of
+from sealfs.cli.keys import key_command
+from sealfs.cli.named import record_of
 from sealfs.cli.newborn import Newborn
 from sealfs.cli.output import print_facts, print_json, printable
 from sealfs.cli.settings import PATH, Settings, common_options

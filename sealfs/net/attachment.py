@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from sealfs.errors import KeydUnavailable, SealfsError, TpmUnavailable
+from sealfs.errors import Busy, KeydUnavailable, SealfsError, TpmUnavailable
 from sealfs.net.association import Association, Session, Table, Timing
 from sealfs.net.cipher import KeySpent
 from sealfs.net.counters import Counters, describe
@@ -440,7 +440,7 @@ class Attachment:
                 if not await self._still_allowed():
                     reason = "no longer allowed"
                     break
-            except (TpmUnavailable, KeydUnavailable) as exc:
+            except (TpmUnavailable, KeydUnavailable, Busy) as exc:
                 self._tell(f"cannot ask the key service: {exc}")
                 if self._clock() - told_at >= ASK_GRACE and not self._is_suspended:
                     self._is_suspended, self.state = True, "suspended"

@@ -49,9 +49,28 @@ class Grants(Protocol):
     async def grant(self, network: str, vm: str, device: int) -> Grant:
         """Return the grant of a VM's device on a network; the caller wipes it.
 
+        The device is the caller's until `release`, on this host.
+
         Raises:
             SealfsError: no such network or VM, not allowed, revoked, or no key service.
+            Busy: the device is attached by another process.
         """
+        ...
+
+    def release(self, vm: str, device: int) -> None:
+        """Give a device back that `grant` was answered for; once more does no harm."""
+        ...
+
+    async def unlock(self, name: str, pin: bytearray) -> None:
+        """Open the key of a VM or network by its PIN, until `lock`.
+
+        Raises:
+            SealfsError: a wrong PIN, or no such key.
+        """
+        ...
+
+    async def lock(self, name: str) -> None:
+        """Forget what `unlock` opened."""
         ...
 
     async def still_allowed(self, network: str, vm: str, device: int) -> bool:

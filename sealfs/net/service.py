@@ -2,10 +2,11 @@
 
 The socket is `RUN_DIR/net.sock`, for root only (`sealfs/control.py`). Verbs:
 
-    attach   vm, network, device, port, link, peers -> attachment
+    attach   vm, network, device, port, link, peers, pins -> attachment
     detach   name -> nothing
-    status   -> attachments
+    status   -> state directory, attachments
     metrics  -> text
+    stop     ends the service, where nothing is attached
 
 Keys never pass through it: the service asks the key service itself.
 
@@ -21,7 +22,7 @@ import fcntl
 import logging
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -39,7 +40,7 @@ from sealfs.net.port import Port, QemuPort, TapPort
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sealfs.net.grant import Grants
+    from sealfs.net.grant import Grant, Grants
 
 SOCKET_NAME: Final = "net.sock"
 LOCK_NAME: Final = "net.lock"
@@ -62,6 +63,8 @@ class Request:
     listen: Address | None
     ethernet: str | None
     peers: tuple[Address, ...]
+    pins: dict[str, bytearray] = field(repr=False)
+    """By the name of the key that takes it."""
 
     @property
     def name(self) -> str:
@@ -88,9 +91,13 @@ class Request:
         addresses = tuple(Address.parse(str(peer)) for peer in peers)
         if len(set(addresses)) != len(addresses):
             raise UsageError(vm, "a peer is named twice")
+        pins = document.get("pins", {})
+        if not isinstance(pins, dict) or not all(isinstance(pin, str) for pin in pins.values()):
+            raise UsageError(vm, "has PINs that are none")
         return cls(
             vm, network, device, tap, Path(qemu) if qemu else None,
             Address.parse(listen) if listen else None, ethernet, addresses,
+            {name: bytearray(pin.encode()) for name, pin in pins.items()},
         )  # fmt: skip
 
     def open_port(self) -> Port:
@@ -130,12 +137,15 @@ class _Task:
 class Service:
     """The attachments of a host."""
 
-    def __init__(self, grants: Grants, run_dir: Path | None = None, **options: Any) -> None:
+    def __init__(
+        self, grants: Grants, run_dir: Path | None = None, *, state: str = "", **options: Any
+    ) -> None:
         """Make it; `run` serves.
 
         Args:
             grants: the key service.
             run_dir: where the socket is.
+            state: the state directory that the keys are of.
             options: for each `Attachment`; tests make things faster with them.
         """
         self._grants, self._options = grants, options
@@ -143,6 +153,8 @@ class Service:
         self._places: dict[tuple[str, int], Attachment | None] = {}
         self._tasks: dict[Attachment, _Task] = {}
         self._nursery: trio.Nursery | None = None
+        self._state = state
+        self.stop_wanted = trio.Event()
         self.control = ControlServer(
             self._run_dir / SOCKET_NAME,
             {
@@ -150,6 +162,7 @@ class Service:
                 "detach": self._detach,
                 "status": self._status,
                 "metrics": self._metrics,
+                "stop": self._stop,
             },
         )
 
@@ -173,6 +186,8 @@ class Service:
 
     async def _attach(self, document: Document) -> Document:
         request = Request.parse(document)
+        if self.stop_wanted.is_set():
+            raise NotFound(self.control.path, "nobody answers: the service is ending")
         place = (request.vm, request.device)
         there = self._places.get(place)
         if place in self._places and (there is None or there in self._tasks):
@@ -195,8 +210,9 @@ class Service:
         return {"attachment": attachment.status()}
 
     async def _make(self, request: Request) -> Attachment:
-        grant = await self._grants.grant(request.network, request.vm, request.device)
+        grant = await self._granted(request)
         with contextlib.ExitStack() as undo:
+            undo.callback(self._grants.release, request.vm, request.device)
             undo.callback(grant.wipe)
             port = request.open_port()
             undo.callback(port.close)
@@ -212,6 +228,20 @@ class Service:
             undo.pop_all()
         return attachment
 
+    async def _granted(self, request: Request) -> Grant:
+        opened = []
+        try:
+            for name, pin in request.pins.items():
+                await self._grants.unlock(name, pin)
+                opened.append(name)
+            return await self._grants.grant(request.network, request.vm, request.device)
+        finally:
+            for pin in request.pins.values():
+                pin[:] = bytes(len(pin))
+            with trio.CancelScope(shield=True):
+                for name in opened:
+                    await self._grants.lock(name)
+
     async def _run_one(self, attachment: Attachment) -> None:
         task = self._tasks[attachment]
         try:
@@ -221,6 +251,7 @@ class Service:
             attachment.state = "failed: internal error; see the log"
             log.exception("%s: stopped by an internal error", attachment.name)
         finally:
+            self._grants.release(attachment.vm, attachment.device)
             del self._tasks[attachment]
             task.ended.set()
 
@@ -238,33 +269,51 @@ class Service:
         raise NotFound(name, "is not attached; VM and device are meant, as web1/0")
 
     async def _status(self, document: Document) -> Document:
-        return {"attachments": [attachment.status() for attachment in self.attachments()]}
+        found = [attachment.status() for attachment in self.attachments()]
+        return {"state": self._state, "attachments": found}
+
+    async def _stop(self, document: Document) -> Document:
+        if self._places:
+            raise Busy(self.control.path, f"{len(self._places)} devices are attached")
+        self.stop_wanted.set()
+        return {}
 
     async def _metrics(self, document: Document) -> Document:
         return {"text": prometheus(attachment.status() for attachment in self.attachments())}
 
 
 def serve(
-    grants: Grants, run_dir: Path | None = None, *, on_ready: Callable[[], None] | None = None
+    grants: Grants,
+    run_dir: Path | None = None,
+    *,
+    state: str = "",
+    on_ready: Callable[[], None] | None = None,
 ) -> None:
-    """Serve in this process until SIGTERM or SIGINT.
+    """Serve in this process until SIGTERM or SIGINT, or until it is told to stop.
 
     Raises:
         Busy: another process serves this directory.
         StorageFailed: the socket cannot be made.
     """
     harden()
-    trio.run(_serve, Service(grants, run_dir), on_ready)
+    trio.run(_serve, Service(grants, run_dir, state=state), on_ready)
 
 
 async def _serve(service: Service, on_ready: Callable[[], None] | None) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery(strict_exception_groups=False) as nursery:
             await nursery.start(service.run)
+            nursery.start_soon(_end_when_told, service, nursery.cancel_scope)
             if on_ready is not None:
                 on_ready()
             async for _ in signals:
                 nursery.cancel_scope.cancel()
+
+
+async def _end_when_told(service: Service, scope: trio.CancelScope) -> None:
+    await service.stop_wanted.wait()
+    await service.control.drained()
+    scope.cancel()
 
 
 @contextlib.contextmanager
