@@ -89,7 +89,7 @@ class End:
         out = memoryview(bytearray(ADDRESSES_SIZE + len(plain) + OVERHEAD))
         out[:ADDRESSES_SIZE] = bytes(range(12))
         try:
-            session.sending.seal_into(out, memoryview(plain))
+            session.sending.seal_into(out, 0, memoryview(plain))
         except KeySpent:
             return None
         self.association.sent = True
@@ -108,7 +108,9 @@ class End:
             self.drops.append(Drop.UNKNOWN_SENDER if ethertype == MACSEC else Drop.PLAIN)
             return []
         plain = memoryview(bytearray(len(frame)))
-        opened = session.receiving.open_into(plain, memoryview(frame), short_length, low)
+        opened = session.receiving.open_into(
+            plain, memoryview(frame), 0, len(frame), short_length, low
+        )
         if isinstance(opened, Drop):
             self.drops.append(opened)
             return []

@@ -117,6 +117,18 @@ class LiveHost:
         self._started.append(process)
         return process
 
+    @contextlib.contextmanager
+    def background(self, *command: object) -> Iterator[int]:
+        """Run a program in the background, its output thrown away; yield its pid."""
+        process = subprocess.Popen(
+            self.within(*command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        try:
+            yield process.pid
+        finally:
+            process.terminate()
+            process.wait()
+
     def serve(self) -> None:
         """Start the service."""
         with self.log.open("ab") as log:
@@ -139,6 +151,10 @@ class LiveHost:
     def attach(self, vm: str, *, network: str = "net1", device: int = 0, **where: Any) -> None:
         """Attach a device of a VM; see `Service` for the words."""
         call(self.socket_path, "attach", vm=vm, network=network, device=device, **where)
+
+    def detach(self, vm: str, device: int = 0) -> None:
+        """Detach a device of a VM."""
+        call(self.socket_path, "detach", name=f"{vm}/{device}")
 
     def attach_tap(
         self, vm: str, tap: str, address: str, listen: str, *peers: str, **other: Any

@@ -38,7 +38,7 @@ class Pair:
     def seal(self, frame: bytes) -> bytes:
         out = memoryview(bytearray(len(frame) + OVERHEAD))
         out[:ADDRESSES_SIZE] = frame[:ADDRESSES_SIZE]
-        size = self.sending.seal_into(out, memoryview(frame)[ADDRESSES_SIZE:])
+        size = self.sending.seal_into(out, 0, memoryview(frame)[ADDRESSES_SIZE:])
         assert size == len(out)
         return bytes(out)
 
@@ -49,7 +49,7 @@ class Pair:
 def opened_by(key: ReceivingKey, sealed: bytes) -> bytes | Drop:
     _, _, short_length, low, _ = SECTAG.unpack_from(sealed, ADDRESSES_SIZE)
     out = memoryview(bytearray(len(sealed)))
-    found = key.open_into(out, memoryview(sealed), short_length, low)
+    found = key.open_into(out, memoryview(sealed), 0, len(sealed), short_length, low)
     return found if isinstance(found, Drop) else sealed[:ADDRESSES_SIZE] + bytes(out[:found])
 
 
@@ -73,7 +73,7 @@ def test_the_examples_of_the_standard(name: str) -> None:
     sending.next_number = number
     out = memoryview(bytearray(len(sealed)))
     out[:ADDRESSES_SIZE] = frame[:ADDRESSES_SIZE]
-    assert sending.seal_into(out, memoryview(frame)[ADDRESSES_SIZE:]) == len(sealed)
+    assert sending.seal_into(out, 0, memoryview(frame)[ADDRESSES_SIZE:]) == len(sealed)
     assert bytes(out) == sealed
     receiving = ReceivingKey(v["key"], v["salt"], ssci=ssci)
     receiving.window.mark(number - 1)  # so that the upper 32 bits are found
@@ -144,7 +144,7 @@ def test_a_forged_frame_moves_no_window() -> None:
 def test_numbers_are_burnt_before_they_are_used() -> None:
     pair = Pair()
     with pytest.raises((ValueError, BufferError, TypeError)):
-        pair.sending.seal_into(memoryview(bytearray(40)), memoryview(bytes(100)))
+        pair.sending.seal_into(memoryview(bytearray(40)), 0, memoryview(bytes(100)))
     assert pair.sending.next_number == 2
     pair.seal(bytes(60))
     assert len(set(pair.nonces)) == 2

@@ -371,7 +371,7 @@ class Association:
         out = memoryview(bytearray(ADDRESSES_SIZE + 1 + OVERHEAD))
         out[:ADDRESSES_SIZE] = self._addresses
         try:
-            session.sending.seal_into(out, memoryview(bytes([word])))
+            session.sending.seal_into(out, 0, memoryview(bytes([word])))
         except KeySpent:
             return []
         return [bytes(out)]

@@ -239,10 +239,11 @@ class Attachment:
                         peer.counters.drops[Drop.NO_KEY] += 1
                         continue
                     outbox = peer.outbox
-                    out = outbox.buffer[outbox.at :]
-                    out[:ADDRESSES_SIZE] = head
+                    at = outbox.at
+                    outbox.buffer[at : at + ADDRESSES_SIZE] = head
                     try:
-                        is_full |= outbox.add(session.sending.seal_into(out, plain))
+                        sealed_size = session.sending.seal_into(outbox.buffer, at, plain)
+                        is_full |= outbox.add(sealed_size)
                     except KeySpent:
                         peer.counters.drops[Drop.NO_KEY] += 1
                 if is_full:
@@ -312,8 +313,7 @@ class Attachment:
             SECTAG.unpack_from,
         )
         found: list[tuple[memoryview, memoryview]] = []
-        is_single, learned = len(self._all) == 1, self._learned
-        session: Session | None = None
+        is_single, is_suspended = len(self._all) == 1, self._is_suspended
         for at in range(0, size, segment) if size else (0,):
             end = min(at + segment, size)
             if end - at < SEALED_SIZE_MIN:
@@ -325,9 +325,7 @@ class Attachment:
                 self._take_other(ethertype, bytes(sealed[at:end]), sender)
                 continue
             association = session.association
-            opened = session.receiving.open_into(
-                plain[at:end], sealed[at:end], short_length, low
-            )  # fmt: skip
+            opened = session.receiving.open_into(plain, sealed, at, end, short_length, low)
             if isinstance(opened, Drop):
                 self._peer_of[association].counters.drops[opened] += 1
                 continue
@@ -338,13 +336,15 @@ class Attachment:
                 word = plain[at]
                 self._send_all(self._peer_of[association], association.take_word(session, word))
                 continue
-            if self._is_suspended:
+            if is_suspended:
                 self.counters.drops[Drop.NOT_ALLOWED] += 1
                 continue
-            peer = self._peer_of[association]
+            counters = self._peer_of[association].counters
+            counters.frames_in += 1
+            counters.bytes_in += opened + ADDRESSES_SIZE
             if not is_single:
-                learned.heard(bytes(sealed[at + 6 : at + 12]), peer)
-            peer.counters.received(1, opened + ADDRESSES_SIZE)
+                peer = self._peer_of[association]
+                self._learned.heard(bytes(sealed[at + 6 : at + ADDRESSES_SIZE]), peer)
             found.append((sealed[at : at + ADDRESSES_SIZE], plain[at : at + opened]))
         return found
 

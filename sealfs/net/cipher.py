@@ -39,6 +39,7 @@ KEY_SIZE: Final = 32
 SALT_SIZE: Final = 12
 NONCE_SIZE: Final = 12
 PACKET_NUMBER_MAX: Final = (1 << 64) - 1
+_AROUND: Final = HEADER_SIZE + ICV_SIZE
 
 
 class KeySpent(Exception):
@@ -109,11 +110,12 @@ class SendingKey:
         self.next_number = 1  # 802.1AE-2018 10.5.2: 0 is never used
         _sending.add(self)
 
-    def seal_into(self, out: memoryview, plain: memoryview) -> int:
+    def seal_into(self, out: memoryview, at: int, plain: memoryview) -> int:
         """Seal a frame whose addresses are in `out` already; return the sealed frame's size.
 
         Args:
-            out: at least ADDRESSES_SIZE + len(plain) + OVERHEAD octets.
+            out: from `at` on at least ADDRESSES_SIZE + len(plain) + OVERHEAD octets.
+            at: where the addresses are.
             plain: EtherType and payload, at least one octet; not in `out`.
 
         Raises:
@@ -128,15 +130,15 @@ class SendingKey:
         self.next_number = number + 1
         size = len(plain)
         SECTAG.pack_into(
-            out, ADDRESSES_SIZE, MACSEC, self._tci, size if size < SHORT_LENGTH else 0,
+            out, at + ADDRESSES_SIZE, MACSEC, self._tci, size if size < SHORT_LENGTH else 0,
             number & PACKET_NUMBER_MASK, self._sci,
         )  # fmt: skip
         nonce = (self._nonce_base ^ number).to_bytes(NONCE_SIZE, "big")
         if self._on_seal is not None:
             self._on_seal(nonce)
-        end = HEADER_SIZE + size + ICV_SIZE
-        aead.encrypt_into(nonce, plain, out[:HEADER_SIZE], out[HEADER_SIZE:end])
-        return end
+        data = at + HEADER_SIZE
+        aead.encrypt_into(nonce, plain, out[at:data], out[data : data + size + ICV_SIZE])
+        return size + _AROUND
 
     @property
     def is_usable(self) -> bool:
@@ -160,33 +162,37 @@ class ReceivingKey:
         self.window = Window()
 
     def open_into(
-        self, out: memoryview, sealed: memoryview, short_length: int, low: int
+        self, out: memoryview, sealed: memoryview, at: int, end: int, short_length: int, low: int
     ) -> int | Drop:
         """Open a frame; return the size of its secure data, or why it is dropped.
 
         What `out` holds after a drop is nothing.
 
         Args:
-            out: at least as long as `sealed`; gets EtherType and payload.
-            sealed: the whole sealed frame, addresses included.
+            out: gets EtherType and payload, from `at` on; as long as `sealed`.
+            sealed: has the whole sealed frame, addresses included, from `at` to `end`.
+            at: see there.
+            end: see there.
             short_length: SL of its tag.
             low: PN of its tag.
         """
-        size = secure_data_size(len(sealed), short_length)
-        if not size or self._aead is None:
+        size = end - at - _AROUND
+        if short_length or size < SHORT_LENGTH:
+            size = secure_data_size(end - at, short_length)
+        if size <= 0 or self._aead is None:
             return Drop.MALFORMED
         window = self.window
-        number = window.complete(low)
-        refusal = window.check(number)
-        if refusal is not None:
-            return refusal
+        number = window.highest + 1
+        if number & PACKET_NUMBER_MASK != low:  # it is not simply the next one
+            number = window.complete(low)
+            refusal = window.check(number)
+            if refusal is not None:
+                return refusal
         nonce = (self._nonce_base ^ number).to_bytes(NONCE_SIZE, "big")
+        data = at + HEADER_SIZE
         try:
             self._aead.decrypt_into(
-                nonce,
-                sealed[HEADER_SIZE : HEADER_SIZE + size + ICV_SIZE],
-                sealed[:HEADER_SIZE],
-                out[:size],
+                nonce, sealed[data : data + size + ICV_SIZE], sealed[at:data], out[at : at + size]
             )
         except InvalidTag:
             return Drop.BAD_ICV

@@ -30,11 +30,6 @@ class Counters:
         self.frames_out += count
         self.bytes_out += size
 
-    def received(self, count: int, size: int) -> None:
-        """Count frames that were opened for the VM."""
-        self.frames_in += count
-        self.bytes_in += size
-
     def document(self) -> dict[str, object]:
         """Return what is not zero among the drops, JSON-able."""
         return {"drops": {drop.value: count for drop, count in self.drops.items() if count}}

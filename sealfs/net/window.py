@@ -53,9 +53,9 @@ class Window:
 
     def mark(self, number: int) -> None:
         """Take a number that `check` let pass, and whose frame was authentic."""
-        words = self._words
-        if number > self.highest:
-            word, last = self.highest >> 6, number >> 6
+        words, highest = self._words, self.highest
+        if number > highest:
+            word, last = highest >> 6, number >> 6
             if last - word >= _WORD_COUNT:
                 words[:] = [0] * _WORD_COUNT
             else:
