@@ -25,7 +25,6 @@ TRANSCRIPT = ROOT / "tests" / "cli" / "21-errors.txt"
 
 NOT_FROM_A_COMMAND = {
     "LockedOut": "the embedded TPM of the transcripts counts no wrong PINs; test_keys_policies.py",
-    "NotAllowed": "no command attaches a device yet; test_net_keys.py",
     "KeyServiceError": "its own sentence is for a key service used after a fork; no command does",
 }
 """Rows that no transcript can end with, and why."""

@@ -181,6 +181,10 @@ def _busy(error: BaseException, situation: Situation) -> str | None:
     text = str(error)
     if situation.path is not None and "dead mount" in text:
         return _free(situation.path, situation)
+    if "is attached already" in text:
+        vm, _, index = getattr(error, "subject", "").rpartition("/")
+        again = f"net detach --vm {shlex.quote(vm)}" + (f" --device-index {index}" * (index != "0"))
+        return situation.sealfs(again)
     if "already mounted" in text:
         return situation.sealfs(f"umount {situation.quoted}")
     if situation.mountpoint is None:

@@ -15,6 +15,7 @@ from sealfs.cli.asked import pin_file_option
 from sealfs.cli.errors import warn
 from sealfs.cli.keys import key_command
 from sealfs.cli.named import found_record, record_of
+from sealfs.cli.net import recheck
 from sealfs.cli.output import print_json
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import UsageError
@@ -139,6 +140,7 @@ def revoke_key(settings: Settings, vm: str, yes: bool, lost: tuple[Path, ...]) -
                 image_identity.erase(storage, known)
             # Crash here: the records are there, and give their key to nobody.
             keys.slots.destroy(vm_id)
+    recheck()
     for path in left:
         warn(f'"{path}" was left out: its recovery key opens it on another host')
     if is_network:

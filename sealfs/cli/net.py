@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -11,7 +12,8 @@ from sealfs.cli.asked import pin_file_option
 from sealfs.cli.newkey import NewKeyOf, console_key, new_key_options
 from sealfs.cli.output import print_facts, print_json, print_table
 from sealfs.cli.settings import Settings, common_options
-from sealfs.errors import KeyNotFound
+from sealfs.control import call, run_directory
+from sealfs.errors import KeyNotFound, SealfsError
 from sealfs.keys import names
 from sealfs.keys.vmkey import wipe
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from sealfs.keys.reports import KeyInfo
     from sealfs.keys.service import KeyService
 
+SOCKET: Final = "net.sock"
+"""The network service's, in the directory of sockets."""
 VM = click.option("--vm", required=True, metavar="ID", help="The virtual machine.")
 
 
@@ -138,12 +142,19 @@ def allow_vm(settings: Settings, network: str, vm: str) -> None:
 @VM
 @common_options
 def deny_vm(settings: Settings, network: str, vm: str) -> None:
-    """Allow a VM no more on a network. One that is attached is cut off within seconds."""
+    """Allow a VM no more on a network. One that is attached is cut off at once."""
     settings.situation.network = network
     with settings.keys() as keys:
         keys.networks.deny(network, vm)
+    recheck()
     if settings.json:
         print_json({"network": network, "vm_id": vm, "allowed": False})
+
+
+def recheck() -> None:
+    """Have the network service ask now who is still allowed; it asks every few seconds anyway."""
+    with contextlib.suppress(SealfsError, OSError):
+        call(run_directory() / SOCKET, "recheck")
 
 
 def _known(keys: KeyService, network: str) -> KeyInfo:

@@ -148,6 +148,7 @@ class Attachment:
         self._plain = memoryview(bytearray(len(link.buffer)))
         self._is_suspended = False
         self._told: dict[str, float] = {}
+        self._ask_now = trio.Event()
 
     async def run(self) -> None:
         """Move frames until cancelled, or until the VM is no longer allowed.
@@ -179,6 +180,10 @@ class Attachment:
             self._body[:] = bytes(len(self._body))
             self.port.close()
             self.link.close()
+
+    def recheck(self) -> None:
+        """Ask now whether the VM is still allowed."""
+        self._ask_now.set()
 
     def status(self) -> dict[str, object]:
         """Return what `sealfs net status` shows, JSON-able."""
@@ -447,7 +452,9 @@ class Attachment:
         """Return when the VM is no longer allowed; suspend while nobody can tell for long."""
         told_at = self._clock()
         while True:
-            await trio.sleep(self._ask_interval)
+            with trio.move_on_after(self._ask_interval):
+                await self._ask_now.wait()
+            self._ask_now = trio.Event()
             try:
                 if not await self._still_allowed():
                     reason = "no longer allowed"

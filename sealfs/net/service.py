@@ -4,6 +4,7 @@ The socket is `RUN_DIR/net.sock`, for root only (`sealfs/control.py`). Verbs:
 
     attach   vm, network, device, port, link, peers, pins, backend -> attachment
     detach   name -> nothing
+    recheck  asks at once whether each VM is still allowed
     status   -> state directory, attachments
     metrics  -> text
     stop     ends the service, where nothing is attached
@@ -179,6 +180,7 @@ class Service:
             {
                 "attach": self._attach,
                 "detach": self._detach,
+                "recheck": self._recheck,
                 "status": self._status,
                 "metrics": self._metrics,
                 "stop": self._stop,
@@ -290,6 +292,11 @@ class Service:
                 return {}
         raise NotFound(name, "is not attached; VM and device are meant, as web1/0")
 
+    async def _recheck(self, document: Document) -> Document:
+        for attachment in self._tasks:
+            attachment.recheck()
+        return {}
+
     async def _status(self, document: Document) -> Document:
         found = [attachment.status() for attachment in self.attachments()]
         return {"state": self._state, "attachments": found}
@@ -322,8 +329,8 @@ def serve(
 
 
 async def _serve(service: Service, on_ready: Callable[[], None] | None) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+    with _first_of_group(), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
             await nursery.start(service.run)
             nursery.start_soon(_end_when_told, service, nursery.cancel_scope)
             if on_ready is not None:
@@ -336,6 +343,18 @@ async def _end_when_told(service: Service, scope: trio.CancelScope) -> None:
     await service.stop_wanted.wait()
     await service.control.drained()
     scope.cancel()
+
+
+@contextlib.contextmanager
+def _first_of_group() -> Iterator[None]:
+    """Raise what a nursery put into a group of one."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        found: BaseException = group
+        while isinstance(found, BaseExceptionGroup) and len(found.exceptions) == 1:
+            found = found.exceptions[0]
+        raise found from None
 
 
 @contextlib.contextmanager
