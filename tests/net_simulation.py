@@ -108,15 +108,14 @@ class End:
             self.drops.append(Drop.UNKNOWN_SENDER if ethertype == MACSEC else Drop.PLAIN)
             return []
         plain = memoryview(bytearray(len(frame)))
-        opened = session.receiving.open_into(
-            plain, memoryview(frame), 0, len(frame), short_length, low
-        )
+        key = session.words_in if short_length == 1 else session.receiving
+        opened = key.open_into(plain, memoryview(frame), 0, len(frame), short_length, low)
         if isinstance(opened, Drop):
             self.drops.append(opened)
             return []
         self.association.heard = True
         out = [] if session.is_confirmed else self.association.opened(session, now)
-        if opened == 1:
+        if short_length == 1:
             return out + self.association.take_word(session, plain[0])
         self.delivered.append(bytes(plain[2:opened]))
         return out

@@ -64,7 +64,8 @@ def test_a_day_of_rekeying_loses_nothing_and_repeats_no_nonce() -> None:
         # The first, and one an hour; each lives its hour and the moment of the next agreement.
         assert 24 <= end.association.counts.completed <= 25
         assert end.drops == []
-    assert len(wire.ends[0].nonces.keys) == 2 * wire.ends[0].association.counts.completed
+    # A key for frames and one for words, in each direction.
+    assert len(wire.ends[0].nonces.keys) == 4 * wire.ends[0].association.counts.completed
 
 
 def test_a_bad_wire_delays_but_repeats_and_mixes_nothing() -> None:

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from sealfs.net import handshake, labels
-from sealfs.net.cipher import KeySpent, ReceivingKey, SendingKey, association_key
+from sealfs.net.cipher import DirectionKey, KeySpent, ReceivingKey, SendingKey, association_key
 from sealfs.net.frame import ADDRESSES_SIZE, OVERHEAD, TCI, Word
 from sealfs.net.handshake import ASSOCIATION_COUNT, Agreement, Offer, Refused, Secrets
+from sealfs.net.labels import ASSOCIATION_INFO, WORD_INFO
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,13 +73,18 @@ class Session:
     made_at: float
     sending: SendingKey
     receiving: ReceivingKey
+    words_out: SendingKey
+    words_in: ReceivingKey
+    kept: DirectionKey | None = None
+    """For a keeper: what it seals with once the session is confirmed."""
     is_confirmed: bool = False
     """A frame of the other end has opened under it."""
 
     def forget(self) -> None:
         """Let go of the keys."""
-        self.sending.wipe()
-        self.receiving.wipe()
+        self.kept = None
+        for key in (self.sending, self.receiving, self.words_out, self.words_in):
+            key.wipe()
 
 
 @dataclass(slots=True)
@@ -92,6 +98,22 @@ class HandshakeCounts:
     repeated: int = 0
     limited: int = 0
     last_refusal: str = ""
+
+
+class Keeper(Protocol):
+    """Somebody else who seals and opens frames, with keys that are agreed on here."""
+
+    def installed(self, peer_sci: bytes, number: int, key: DirectionKey) -> None:
+        """Open frames that come under a new key."""
+        ...
+
+    def confirmed(self, number: int, key: DirectionKey) -> None:
+        """Seal frames under this key from now on."""
+        ...
+
+    def forgotten(self, peer_sci: bytes, number: int) -> None:
+        """Neither seal nor open under this association number any more."""
+        ...
 
 
 @dataclass(slots=True)
@@ -115,6 +137,7 @@ class Association:
         random: Callable[[int], bytes],
         timing: Timing | None = None,
         on_seal: Callable[[bytes, bytes], None] | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         """Make an end that has no keys yet; the first `tick` begins.
 
@@ -126,12 +149,13 @@ class Association:
             random: returns fresh random octets.
             timing: when keys are replaced.
             on_seal: called with (key, nonce) for each frame; tests prove uniqueness with it.
+            keeper: gets the keys for frames, which are not used here then.
         """
         if len(addresses) != ADDRESSES_SIZE:
             raise ValueError(f"addresses have {ADDRESSES_SIZE} octets")
         self._secrets, self._sci, self._addresses = secrets, sci, addresses
         self._table, self._random, self._on_seal = table, random, on_seal
-        self._timing = timing or Timing()
+        self._timing, self._keeper = timing or Timing(), keeper
         self.peer_sci = b""
         self.counts = HandshakeCounts()
         self.current: Session | None = None
@@ -208,6 +232,9 @@ class Association:
         self._previous = self._forgotten(self._previous)
         self._previous, self._previous_until = self.current, now + PREVIOUS_LIFE
         self.current = session
+        if self._keeper is not None and session.kept is not None:
+            self._keeper.confirmed(session.association_number, session.kept)
+            session.kept = None
         self._offer = None
         self._attempts = 0
         self.counts.completed += 1
@@ -328,12 +355,17 @@ class Association:
         peer_sci, number = agreement.peer_sci, agreement.association_number
         # The highest SCI has SSCI 1, as MKA would assign them (IEEE 802.1X-2020 9.10).
         ours, theirs = (1, 2) if self._sci > peer_sci else (2, 1)
-        key, salt = association_key(agreement.sending)
-        sending = SendingKey(
-            key, salt, sci=self._sci, ssci=ours, association_number=number,
-            on_seal=_hooked(self._on_seal, key),
-        )  # fmt: skip
-        receiving = ReceivingKey(*association_key(agreement.receiving), ssci=theirs)
+
+        def sender(info: bytes) -> SendingKey:
+            key, salt = association_key(agreement.sending, info)
+            return SendingKey(
+                key, salt, sci=self._sci, ssci=ours, association_number=number,
+                on_seal=_hooked(self._on_seal, key),
+            )  # fmt: skip
+
+        def receiver(info: bytes) -> ReceivingKey:
+            return ReceivingKey(*association_key(agreement.receiving, info), ssci=theirs)
+
         place = (int.from_bytes(peer_sci, "big"), TCI | number)
         for name in ("_previous", "_pending", "_offered"):
             session: Session | None = getattr(self, name)
@@ -341,8 +373,17 @@ class Association:
                 setattr(self, name, self._forgotten(session))
         self.peer_sci = peer_sci
         session = Session(
-            self, place, number, agreement.is_initiator, now, sending, receiving
+            self, place, number, agreement.is_initiator, now,
+            sender(ASSOCIATION_INFO), receiver(ASSOCIATION_INFO),
+            sender(WORD_INFO), receiver(WORD_INFO),
         )  # fmt: skip
+        if self._keeper is not None:
+            # The packet numbers of these keys are counted elsewhere: nothing is sealed here.
+            session.sending.wipe()
+            session.receiving.wipe()
+            session.kept = DirectionKey(*association_key(agreement.sending), ours)
+            key = DirectionKey(*association_key(agreement.receiving), theirs)
+            self._keeper.installed(peer_sci, number, key)
         self._table[place] = session
         return session
 
@@ -365,13 +406,16 @@ class Association:
             if self._table.get(session.place) is session:
                 del self._table[session.place]
             session.forget()
+            if self._keeper is not None:
+                peer_sci = session.place[0].to_bytes(len(self._sci), "big")
+                self._keeper.forgotten(peer_sci, session.association_number)
         return None
 
     def _say(self, session: Session, word: Word) -> list[bytes]:
         out = memoryview(bytearray(ADDRESSES_SIZE + 1 + OVERHEAD))
         out[:ADDRESSES_SIZE] = self._addresses
         try:
-            session.sending.seal_into(out, 0, memoryview(bytes([word])))
+            session.words_out.seal_into(out, 0, memoryview(bytes([word])))
         except KeySpent:
             return []
         return [bytes(out)]

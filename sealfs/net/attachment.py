@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from sealfs.net.grant import Grant
+    from sealfs.net.kernel import KernelKeys
     from sealfs.net.port import Port
 
 BATCH: Final = 64
@@ -89,6 +91,7 @@ class Attachment:
         timing: Timing | None = None,
         ask_interval: float = ASK_INTERVAL,
         on_seal: Callable[[bytes, bytes], None] | None = None,
+        kernel: KernelKeys | None = None,
     ) -> None:
         """Make it; `run` moves frames. The grant is wiped, port and link are closed by `run`.
 
@@ -104,6 +107,7 @@ class Attachment:
             timing: when keys are replaced.
             ask_interval: seconds between two calls of `still_allowed`.
             on_seal: called with (key, nonce) for each frame; tests prove uniqueness with it.
+            kernel: seals and opens the frames instead; closed by `run`.
         """
         self.name, self.port, self.link = name, port, link
         self.network, self.vm, self.device, self.sci = (
@@ -112,7 +116,7 @@ class Attachment:
         self.state = "running"
         self.counters = Counters()
         self._still_allowed, self._ask_interval = still_allowed, ask_interval
-        self._clock = clock
+        self._clock, self._kernel = clock, kernel
         self._frame_size_max = frame_size_max(link)
         self.mtu = guest_mtu(link.mtu, link.encapsulation)
         self._table: Table = {}
@@ -129,6 +133,7 @@ class Attachment:
                     random=random,
                     timing=timing,
                     on_seal=on_seal,
+                    keeper=kernel,
                 ),
                 Outbox(self._frame_size_max + OVERHEAD),
             )
@@ -155,7 +160,8 @@ class Attachment:
             if not self.port.set_mtu(self.mtu):
                 log.info("%s: the guest must use an MTU of %d", self.name, self.mtu)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._seal_frames)
+                if self._kernel is None:
+                    nursery.start_soon(self._seal_frames)
                 nursery.start_soon(self._open_frames)
                 nursery.start_soon(self._keep_keys)
                 await self._watch_permission()
@@ -165,6 +171,9 @@ class Attachment:
             self.state = f"failed: {exc}"
             log.error("%s: stopped: %s", self.name, exc)
         finally:
+            if self._kernel is not None:
+                with suppress(SealfsError):  # the device may be gone, and its keys with it
+                    self._kernel.close()
             for peer in self._all:
                 peer.association.forget()
             self._plain[:] = bytes(len(self._plain))
@@ -186,6 +195,7 @@ class Attachment:
             "device": self.device,
             "sci": self.sci.hex(),
             "state": self.state,
+            "backend": "userspace" if self._kernel is None else "kernel",
             "port": self.port.name,
             "link": self.link.name,
             "mtu": self.mtu,
@@ -325,14 +335,16 @@ class Attachment:
                 self._take_other(ethertype, bytes(sealed[at:end]), sender)
                 continue
             association = session.association
-            opened = session.receiving.open_into(plain, sealed, at, end, short_length, low)
+            is_word = short_length == 1
+            key = session.words_in if is_word else session.receiving
+            opened = key.open_into(plain, sealed, at, end, short_length, low)
             if isinstance(opened, Drop):
                 self._peer_of[association].counters.drops[opened] += 1
                 continue
             association.heard = True
             if not session.is_confirmed:
                 self._confirmed(session)
-            if opened == 1:
+            if is_word:
                 word = plain[at]
                 self._send_all(self._peer_of[association], association.take_word(session, word))
                 continue

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from cryptography.exceptions import InvalidTag
@@ -51,15 +52,23 @@ def derive(secret: bytes | bytearray, info: bytes, size: int = KEY_SIZE) -> byte
     return HKDF(algorithm=SHA256(), length=size, salt=None, info=info).derive(bytes(secret))
 
 
-def association_key(noise_key: bytes) -> tuple[bytes, bytes]:
-    """Return the secure association key and the salt of one direction.
+@dataclass(frozen=True, slots=True, repr=False)
+class DirectionKey:
+    """The key of one direction, with what its nonces are made of; for a cipher that is not here."""
+
+    key: bytes
+    salt: bytes
+    ssci: int
+
+
+def association_key(noise_key: bytes, info: bytes = ASSOCIATION_INFO) -> tuple[bytes, bytes]:
+    """Return key and salt of one direction: for frames, or by WORD_INFO for words.
 
     What Noise's Split gives is used for nothing else, so Noise's own counters and 802.1AE's
-    packet numbers never meet under one key.
+    packet numbers never meet under one key. Words have keys of their own, so that those for frames
+    can be given away, to the kernel.
     """
-    raw = HKDFExpand(algorithm=SHA256(), length=KEY_SIZE + SALT_SIZE, info=ASSOCIATION_INFO).derive(
-        noise_key
-    )
+    raw = HKDFExpand(algorithm=SHA256(), length=KEY_SIZE + SALT_SIZE, info=info).derive(noise_key)
     return raw[:KEY_SIZE], raw[KEY_SIZE:]
 
 

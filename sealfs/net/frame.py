@@ -13,7 +13,7 @@ A sealed frame is that of IEEE 802.1AE-2018 clause 9 with cipher suite GCM-AES-X
     28+n    16    ICV
 
 Everything before the secure data is authenticated. One octet of secure data is no frame (an
-EtherType has two): it is a word between the two ends, see `Word`.
+EtherType has two): it is a word between the two ends, under keys of its own, see `Word`.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ PACKET_NUMBER_MASK: Final = 0xFFFFFFFF
 
 
 class Word(enum.IntEnum):
-    """What the two ends say to each other under a key; nothing of it reaches a guest."""
+    """What the two ends say to each other under agreed keys; nothing of it reaches a guest."""
 
     CONFIRM = 1
-    """This key works here: say that it does there."""
+    """I have these keys: say that you have them."""
     ALIVE = 2
-    """This key works, and somebody is here."""
+    """I have these keys, and am here."""
 
 
 class Drop(enum.Enum):

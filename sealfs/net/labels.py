@@ -11,6 +11,7 @@ from typing import Final
 PSK_INFO: Final = b"sealfs/v1/net handshake psk\x00"
 MAC_INFO: Final = b"sealfs/v1/net handshake mac\x00"
 ASSOCIATION_INFO: Final = b"sealfs/v1/net association\x00"
+WORD_INFO: Final = b"sealfs/v1/net words\x00"
 
 # Begins the handshake's prologue (Noise 6)
 PROLOGUE: Final = b"sealfs/v1/net prologue\x00"

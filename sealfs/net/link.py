@@ -203,8 +203,13 @@ class EthernetLink:
     takes all frames of the segment and the kernel hands on those of the two EtherTypes only.
     """
 
-    def __init__(self, device: str, peers: Sequence[Address]) -> None:
+    def __init__(self, device: str, peers: Sequence[Address], *, has_frames: bool = True) -> None:
         """Open the device.
+
+        Args:
+            device: its name.
+            peers: the one peer.
+            has_frames: False where the kernel itself takes the frames: words alone come then.
 
         Raises:
             UsageError: more than one peer: each would get what was sealed for another.
@@ -218,7 +223,7 @@ class EthernetLink:
         try:
             self._socket.setblocking(False)
             _enlarge(self._socket)
-            _filter(self._socket)
+            _filter(self._socket, has_frames)
             self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
             self._socket.bind((device, _ETH_P_ALL))
             index = socket.if_nametoindex(device)
@@ -289,12 +294,14 @@ def _path_mtu(family: int, peer: Address) -> int:
             return 1500
 
 
-def _filter(asked: socket.socket) -> None:
+def _filter(asked: socket.socket, has_frames: bool) -> None:
     """Have the kernel hand on frames of the two EtherTypes only (classic BPF, packet(7))."""
     program = [
         (0x28, 0, 0, 12),  # load the half-word at 12, the EtherType
-        (0x15, 1, 0, MACSEC),  # equal: jump over one
-        (0x15, 0, 1, HANDSHAKE),  # different: jump over one
+        (0x15, 3, 0, HANDSHAKE),  # equal: accept
+        (0x15, 0, 3, MACSEC),  # different: drop
+        (0x30, 0, 0, 15),  # load the byte at 15, SL
+        (0x15, 0, 0 if has_frames else 1, 1),  # different from a word's: drop where asked to
         (0x06, 0, 0, 0x40000),  # accept
         (0x06, 0, 0, 0),  # drop
     ]

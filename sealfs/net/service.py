@@ -2,7 +2,7 @@
 
 The socket is `RUN_DIR/net.sock`, for root only (`sealfs/control.py`). Verbs:
 
-    attach   vm, network, device, port, link, peers, pins -> attachment
+    attach   vm, network, device, port, link, peers, pins, backend -> attachment
     detach   name -> nothing
     recheck  asks at once whether each VM is still allowed
     status   -> state directory, attachments
@@ -33,6 +33,7 @@ import trio
 from sealfs.control import ControlServer, Document, run_directory
 from sealfs.errors import Busy, NotFound, StorageFailed, UsageError
 from sealfs.keys.hardening import harden
+from sealfs.net import kernel
 from sealfs.net.attachment import Attachment
 from sealfs.net.counters import prometheus
 from sealfs.net.link import Address, EthernetLink, Link, UdpLink
@@ -48,6 +49,7 @@ LOCK_NAME: Final = "net.lock"
 PEERS_MAX: Final = 64
 """Peers of one attachment: a frame for all of them is sealed for each."""
 ATTACHMENTS_MAX: Final = 1024
+BACKENDS: Final = ("userspace", "kernel")
 
 log = logging.getLogger("sealfs.net")
 
@@ -64,6 +66,7 @@ class Request:
     listen: Address | None
     ethernet: str | None
     peers: tuple[Address, ...]
+    backend: str
     pins: dict[str, bytearray] = field(repr=False)
     """By the name of the key that takes it."""
 
@@ -92,17 +95,24 @@ class Request:
         addresses = tuple(Address.parse(str(peer)) for peer in peers)
         if len(set(addresses)) != len(addresses):
             raise UsageError(vm, "a peer is named twice")
+        backend = document.get("backend", BACKENDS[0])
+        if backend not in BACKENDS:
+            raise UsageError(vm, f"has no backend {backend!r}: {' or '.join(BACKENDS)}")
+        if backend == "kernel" and not (tap and ethernet):
+            raise UsageError(vm, "the kernel backend needs a device to make, and raw Ethernet")
         pins = document.get("pins", {})
         if not isinstance(pins, dict) or not all(isinstance(pin, str) for pin in pins.values()):
             raise UsageError(vm, "has PINs that are none")
         return cls(
             vm, network, device, tap, Path(qemu) if qemu else None,
-            Address.parse(listen) if listen else None, ethernet, addresses,
+            Address.parse(listen) if listen else None, ethernet, addresses, backend,
             {name: bytearray(pin.encode()) for name, pin in pins.items()},
         )  # fmt: skip
 
     def open_port(self) -> Port:
         """Open the VM's side."""
+        if self.tap is not None and self.backend == "kernel":
+            return kernel.KernelPort(self.tap)
         if self.tap is not None:
             return TapPort(self.tap)
         assert self.qemu is not None
@@ -113,7 +123,16 @@ class Request:
         if self.listen is not None:
             return UdpLink(self.listen, self.peers)
         assert self.ethernet is not None
-        return EthernetLink(self.ethernet, self.peers)
+        return EthernetLink(self.ethernet, self.peers, has_frames=self.backend != "kernel")
+
+    def open_kernel(self, sci: bytes) -> kernel.KernelKeys | None:
+        """Make the kernel's MACsec device, where that backend is asked for."""
+        if self.backend != "kernel":
+            return None
+        assert self.tap is not None
+        assert self.ethernet is not None
+        kernel.require()
+        return kernel.KernelKeys(self.tap, self.ethernet, sci)
 
 
 def _one_of(
@@ -220,12 +239,15 @@ class Service:
             undo.callback(port.close)
             link = request.open_link()
             undo.callback(link.close)
+            keys = request.open_kernel(grant.sci)
+            if keys is not None:
+                undo.callback(keys.close)
             attachment = Attachment(
                 request.name, grant, port, link, request.peers,
                 still_allowed=partial(
                     self._grants.still_allowed, request.network, request.vm, request.device
                 ),
-                **self._options,
+                kernel=keys, **self._options,
             )  # fmt: skip
             undo.pop_all()
         return attachment
