@@ -14,6 +14,8 @@ import pytest
 from net_hosts import NetHost, two_hosts
 from net_support import has_namespaces
 
+from sealfs.net import kernel
+
 pytestmark = [
     pytest.mark.net,
     pytest.mark.tpm,
@@ -316,6 +318,7 @@ def test_another_network_of_the_same_name_does_not_meet(hosts: Hosts) -> None:
         ("--tap t0 --device none0 --peer 2:0:0:0:0:1", 1, "No such device"),
         ("--tap t0 --listen 10.0.0.9:1 --peer 10.0.0.2:1", 1, "Cannot assign"),
         ("--tap t0 --listen 10.0.0.1:1 --peer 10.0.0.2:1 --device-index 256", 2, "256"),
+        ("--tap t0 --listen 10.0.0.1:1 --peer 10.0.0.2:1 --backend kernel", 2, "raw Ethernet"),
     ],
 )
 def test_what_makes_no_sense_is_said_and_nothing_stays(
@@ -328,6 +331,14 @@ def test_what_makes_no_sense_is_said_and_nothing_stays(
     assert document["error"]["exit_code"] == status
     assert a.shell("sealfs net status") == ""
     assert "t0" not in a.shell("ip -br link")
+
+
+@pytest.mark.skipif(kernel.is_there(), reason="this kernel has MACsec")
+def test_a_kernel_without_macsec_is_told_as_that(hosts: Hosts) -> None:
+    a, _ = hosts
+    line = "--tap t0 --device eth0 --peer 2:0:0:0:0:1 --backend kernel"
+    text = a.shell(f"sealfs net attach --vm web1 --net prod {line}", status=2)
+    assert "this kernel has no MACsec" in text
 
 
 def test_no_key_is_in_what_others_can_see(linked: Hosts) -> None:
