@@ -70,6 +70,14 @@ RUN_DIR = click.option(
     help="Another host's end (raw Ethernet: its device's address); may be repeated.",
 )
 @click.option(
+    "--backend",
+    type=click.Choice(["userspace", "kernel"]),
+    default="userspace",
+    show_default=True,
+    help="Who seals frames: this service, or the kernel's MACsec (raw Ethernet); --tap names the "
+    "device that the kernel makes then.",
+)
+@click.option(
     "--keyd",
     is_flag=False,
     flag_value="",
@@ -91,6 +99,7 @@ def attach_device(
     listen: str | None,
     device: str | None,
     peers: tuple[str, ...],
+    backend: str,
     keyd: str | None,
     foreground: bool,
     log_file: Path | None,
@@ -114,10 +123,11 @@ def attach_device(
         "port": _port(qemu, tap),
         "link": _one("--listen", listen, "--device", device, ("listen", "device")),
         "peers": list(peers),
+        "backend": backend,
     }
     service.start(keyd, log_file)
     found = service.attach(request)
-    lines = _for_hypervisor(found)
+    lines = _for_hypervisor(found, backend)
     if settings.json:
         print_json({"attachment": found, "hypervisor": lines})
     else:
@@ -340,7 +350,7 @@ def _one(
     raise UsageError("net attach", f"takes {one} or {other}: one of them")
 
 
-def _for_hypervisor(found: dict[str, Any]) -> list[str]:
+def _for_hypervisor(found: dict[str, Any], backend: str) -> list[str]:
     """Return what the hypervisor is to be told of an attachment.
 
     The guest's address is that of the identifier it sends under: one for each device of each VM.
@@ -355,6 +365,8 @@ def _for_hypervisor(found: dict[str, Any]) -> list[str]:
             f"-netdev {shlex.quote(','.join(('dgram', f'id={number}', *ends)))}",
             f"-device virtio-net-pci,netdev={number},mac={address},host_mtu={mtu}",
         ]
+    if backend == "kernel":
+        return [f"ip link set {shlex.quote(place)} master BRIDGE"]
     # sealfs holds the TAP's one file: a guest gets the device itself, by a macvtap.
     return [
         f"<interface type='direct'><mac address='{address}'/>"
