@@ -1065,7 +1065,7 @@ NETS = (
     ),
     Mutant(
         "first messages are not limited", "net/association.py", NET_ASSOCIATION,
-        (("        if not self._take_token(now):\n", "        if False:\n"),), (KEY_AGREEMENT,),
+        (("        if now < self._answer_at:\n", "        if False:\n"),), (KEY_AGREEMENT,),
     ),
     Mutant(
         "two ends that begin at once both insist", "net/association.py", NET_ASSOCIATION,
@@ -1106,9 +1106,9 @@ NETS = (
     ),
     Mutant(
         "a VM that is no longer allowed goes on", "8-NET", NET_ATTACHMENT,
-        (("                await self._watch_permission()\n"
+        (("                await self._obey()\n"
           "                nursery.cancel_scope.cancel()\n",
-          "                await self._watch_permission()\n"),),
+          "                await self._obey()\n"),),
         (MIDDLE,),
     ),
     Mutant(

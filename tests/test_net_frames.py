@@ -231,6 +231,15 @@ def test_the_window_does_what_a_set_of_numbers_would(start: int, steps: list[int
             window.mark(number)
 
 
+def test_numbers_that_come_in_blocks_backwards_are_each_taken_once() -> None:
+    window = Window()
+    for block in range(0, 20_000, 100):
+        for number in range(block + 100, block, -1):
+            assert window.check(number) is None, number
+            window.mark(number)
+            assert window.check(number) == Drop.REPLAYED
+
+
 @given(highest=st.integers(0, 1 << 48), ahead=st.integers(-WINDOW, 1 << 30))
 @settings(max_examples=1000)
 def test_the_upper_half_of_a_number_is_found(highest: int, ahead: int) -> None:

@@ -107,6 +107,14 @@ def test_equal_frames_go_out_with_one_call() -> None:
     assert [(end - start) // size for start, end, size in outbox.runs] == [40, 2]
 
 
+def test_a_run_has_no_more_frames_than_the_kernel_takes() -> None:
+    outbox = Outbox(1500)
+    for _ in range(100):
+        outbox.add(92)
+    outbox.close_run()
+    assert [(end - start) // size for start, end, size in outbox.runs] == [64, 36]
+
+
 def test_an_outbox_says_when_it_is_full() -> None:
     outbox = Outbox(9100)
     count = 1

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from sealfs.errors import Busy, KeydUnavailable, SealfsError, TpmUnavailable
+from sealfs.errors import SealfsError
 from sealfs.net.association import Association, Session, Table, Timing
 from sealfs.net.cipher import KeySpent
 from sealfs.net.counters import Counters, describe
@@ -37,6 +37,7 @@ from sealfs.net.labels import HANDSHAKE, MACSEC
 from sealfs.net.learned import Learned
 from sealfs.net.link import Address, Link, frame_size_max
 from sealfs.net.outbox import Outbox
+from sealfs.net.permission import ASK_INTERVAL, Permission
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -48,10 +49,6 @@ if TYPE_CHECKING:
 BATCH: Final = 64
 """Frames taken before the other attachments have their turn: half a millisecond."""
 TICK: Final = 0.2
-ASK_INTERVAL: Final = 3.0
-"""Seconds between two questions whether the VM is still allowed."""
-ASK_GRACE: Final = 60.0
-"""Seconds for which a key service that cannot tell is taken to have said yes."""
 SLOW_WAIT: Final = 0.001
 SLOW_TRIES: Final = 20
 """How long a VM that takes no frames is waited for before one is dropped: 20 ms."""
@@ -115,7 +112,6 @@ class Attachment:
         )  # fmt: skip
         self.state = "running"
         self.counters = Counters()
-        self._still_allowed, self._ask_interval = still_allowed, ask_interval
         self._clock, self._kernel = clock, kernel
         self._frame_size_max = frame_size_max(link)
         self.mtu = guest_mtu(link.mtu, link.encapsulation)
@@ -148,7 +144,9 @@ class Attachment:
         self._plain = memoryview(bytearray(len(link.buffer)))
         self._is_suspended = False
         self._told: dict[str, float] = {}
-        self._ask_now = trio.Event()
+        self._permission = Permission(
+            still_allowed, interval=ask_interval, clock=clock, tell=self._tell
+        )
 
     async def run(self) -> None:
         """Move frames until cancelled, or until the VM is no longer allowed.
@@ -164,7 +162,7 @@ class Attachment:
                     nursery.start_soon(self._seal_frames)
                 nursery.start_soon(self._open_frames)
                 nursery.start_soon(self._keep_keys)
-                await self._watch_permission()
+                await self._obey()
                 nursery.cancel_scope.cancel()
         except* (OSError, SealfsError) as group:
             exc = group.exceptions[0]
@@ -183,7 +181,7 @@ class Attachment:
 
     def recheck(self) -> None:
         """Ask now whether the VM is still allowed."""
-        self._ask_now.set()
+        self._permission.recheck()
 
     def status(self) -> dict[str, object]:
         """Return what `sealfs net status` shows, JSON-able."""
@@ -418,6 +416,7 @@ class Attachment:
                 self._send_all(peer, association.tick(now))
                 self._note_state(peer, was)
             self._learned.turn(now)
+            self._suspend_or_resume()
             await trio.sleep(TICK)
 
     def _confirmed(self, session: Session) -> None:
@@ -450,35 +449,24 @@ class Attachment:
 
     # Permission
 
-    async def _watch_permission(self) -> None:
-        """Return when the VM is no longer allowed; suspend while nobody can tell for long."""
-        told_at = self._clock()
-        while True:
-            with trio.move_on_after(self._ask_interval):
-                await self._ask_now.wait()
-            self._ask_now = trio.Event()
-            try:
-                if not await self._still_allowed():
-                    reason = "no longer allowed"
-                    break
-            except (TpmUnavailable, KeydUnavailable, Busy) as exc:
-                self._tell(f"cannot ask the key service: {exc}")
-                if self._clock() - told_at >= ASK_GRACE and not self._is_suspended:
-                    self._is_suspended, self.state = True, "suspended"
-                    log.error("%s: suspended: the key service does not answer", self.name)
-                continue
-            except SealfsError as exc:
-                reason = str(exc)
-                break
-            told_at = self._clock()
-            if self._is_suspended:
-                self._is_suspended, self.state = False, "running"
-                log.info("%s: running again", self.name)
+    async def _obey(self) -> None:
+        """Return when the VM is no longer allowed."""
+        reason = await self._permission.lost()
         self.state = "revoked"
         log.error(
             "%s: stopped in both directions: VM %s on network %s: %s",
             self.name, self.vm, self.network, reason,
         )  # fmt: skip
+
+    def _suspend_or_resume(self) -> None:
+        is_stale = self._permission.is_stale
+        if is_stale != self._is_suspended and self.state in ("running", "suspended"):
+            self._is_suspended = is_stale
+            self.state = "suspended" if is_stale else "running"
+            if is_stale:
+                log.error("%s: suspended: the key service does not answer", self.name)
+            else:
+                log.info("%s: running again", self.name)
 
     def _tell(self, text: str) -> None:
         """Log a warning, the same at most once a minute."""
