@@ -212,6 +212,18 @@ def test_two_attaches_at_once_start_one_service(hosts: Hosts) -> None:
         a.shell(f"sealfs net detach --vm {vm}")
 
 
+def test_an_attach_while_the_service_ends_is_done_by_another_one(hosts: Hosts) -> None:
+    a, _ = hosts
+    for _ in range(5):
+        a.shell(attach_line("web1", "tap0", 1))
+        ending = a.start("sealfs net detach --vm web1")
+        a.shell(attach_line("web2", "tap2", 1, 7402))
+        said, _ = ending.communicate(timeout=60)
+        assert ending.returncode == 0, said
+        assert a.status("web2/0")["state"] == "running"
+        a.shell("sealfs net detach --vm web2")
+
+
 def test_in_the_foreground_it_lasts_as_long_as_its_attachment(hosts: Hosts) -> None:
     a, _ = hosts
     line = attach_line("web1", "tap0", 1) + " -f"

@@ -356,6 +356,35 @@ def test_killed_at_any_write_create_allow_and_deny_are_done_or_not(host: Host) -
     deaths([host], lambda: host.run("net", "deny", "prod", "--vm", "web2"), denied)
 
 
+def test_a_networks_key_is_made_and_protected_as_a_vms_is(host: Host) -> None:
+    """By each maker, found by each identifier, in each kind of slot."""
+    key_file = host.directory / "key"
+    key_file.write_bytes(os.urandom(64))
+    ways = {
+        "a": ("--kmi", "service"),
+        "b": ("--kmi", "tpm", "--key-from", "tpm"),
+        "c": ("--slot", "software", "--key-from", "service"),
+        "d": ("--key-from", "console", "--key-file", key_file),
+        "e": ("--pcrs", "7"),
+    }
+    for network, options in ways.items():
+        host.run("net", "create", network, *options)
+        host.run("net", "allow", network, "--vm", "web1")
+    shown = {found["network"]: found for found in host.json("net", "list")}
+    assert [len(shown[network]["kmi"]) for network in "abcd"] == [32, 32, 5, 5]
+    assert [shown[network]["origin"] for network in "abcde"] == [
+        "mixed", "tpm", "service", "console", "mixed",
+    ]  # fmt: skip
+    assert shown["c"]["slots"][0]["kind"] == "software"
+    assert shown["e"]["slots"][0]["pcrs"] == [7]
+    found = [given_key(host, network) for network in ways]
+    assert len({key[:32] for key in found}) == len({key[32:] for key in found}) == len(ways)
+    assert host.json("net", "show", "a")["last_used"]
+    host.run("key", "recovery", "a")
+    assert given_key(host, "a") == found[0]
+    assert "goes with --key-from" in host.run("net", "create", "x", "--key-file", "-", status=2)
+
+
 def test_a_permission_waits_for_a_key_that_is_changing(host: Host) -> None:
     with (
         KeyService.open(host.state) as keys,

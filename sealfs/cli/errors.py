@@ -296,7 +296,7 @@ def _storage_failed(error: BaseException, situation: Situation) -> str | None:
 
 
 def _not_found(error: BaseException, situation: Situation) -> str | None:
-    if situation.network is not None:
+    if situation.command == "net deny" and situation.network is not None:
         return situation.sealfs(f"net show {shlex.quote(situation.network)}")
     if "package qemu-utils" in str(error):
         return f"{'' if situation.is_root else 'sudo '}apt install qemu-utils"

@@ -125,8 +125,7 @@ def attach_device(
         "peers": list(peers),
         "backend": backend,
     }
-    service.start(keyd, log_file)
-    found = service.attach(request)
+    found = service.attached(request, keyd, log_file)
     lines = _for_hypervisor(found, backend)
     if settings.json:
         print_json({"attachment": found, "hypervisor": lines})
@@ -240,8 +239,26 @@ class _Service:
         finally:
             interrupts.install()
 
-    def attach(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Attach a device, with PINs where its keys take some; return its status."""
+    def attached(
+        self, request: dict[str, Any], keyd: str | None, log_file: Path | None
+    ) -> dict[str, Any]:
+        """Attach a device, by a service that is started if need be; return its status.
+
+        Raises:
+            As `start`, and what the service raises.
+        """
+        for is_last in (False, False, True):
+            self.start(keyd, log_file)
+            try:
+                return self._attach(request)
+            except (NotFound, StorageFailed) as error:
+                # It ended just now, with what was attached last.
+                if is_last or error.subject != str(self.socket):
+                    raise
+        raise AssertionError("the last one returns or raises")
+
+    def _attach(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Attach a device, with PINs where its keys take some."""
         pins: dict[str, bytearray] = {}
         try:
             while True:

@@ -101,14 +101,13 @@ class Networks:
         with self._audit.recorded("network allowed", network=network, vm=vm_id):
             self._known(network)
             names.check_vm(vm_id)
-            with (
-                making_image(self._host.state, vm_id, vm_id),
-                self._opened(self._vault.known_of_vm(vm_id)) as key,
-            ):
-                given = Permission(network, vm_id).under(key)
-            self.permissions.change(
-                lambda found: {one for one in found if one.pair != given.pair} | {given}
-            )
+            # A key that changed meanwhile would leave a permission of the old one.
+            with making_image(self._host.state, vm_id, vm_id):
+                with self._opened(self._vault.known_of_vm(vm_id)) as key:
+                    given = Permission(network, vm_id).under(key)
+                self.permissions.change(
+                    lambda found: {one for one in found if one.pair != given.pair} | {given}
+                )
 
     def deny(self, network: str, vm_id: str) -> None:
         """Take a permission away, also that of a VM or network that is gone; durable on return.
