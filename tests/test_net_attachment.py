@@ -351,6 +351,21 @@ async def test_plain_frames_and_garbage_cost_a_counter() -> None:
 
 
 @in_trio
+async def test_garbage_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with two_hosts() as (_, b, middle):
+        frames = [
+            bytes(12) + b"\x88\xb5" + bytes([version, kind]) + bytes(73)
+            for version in range(20)
+            for kind in range(20)
+        ]
+        caplog.clear()
+        assert await inject(b, middle, frames) == []
+        assert b.drops[Drop.HANDSHAKE.value] == 400
+        assert len(caplog.records) == 1
+        assert "handshake refused: the peer speaks version 0, this sealfs 1" in caplog.text
+
+
+@in_trio
 async def test_garbage_from_addresses_that_are_no_peers() -> None:
     async with two_hosts() as (a, b, _):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sealfs.errors import UsageError
@@ -80,6 +80,7 @@ def test_a_group_address_is_nobodys() -> None:
 # Runs
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(45, 9000), max_size=400))
 def test_runs_cover_all_frames_in_order_and_are_what_the_kernel_takes(sizes: list[int]) -> None:
     outbox, laid = Outbox(9100), []

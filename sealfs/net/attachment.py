@@ -15,6 +15,7 @@ import logging
 import os
 import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -145,7 +146,10 @@ class Attachment:
         self._is_suspended = False
         self._told: dict[str, float] = {}
         self._permission = Permission(
-            still_allowed, interval=ask_interval, clock=clock, tell=self._tell
+            still_allowed,
+            interval=ask_interval,
+            clock=clock,
+            tell=partial(self._tell, "key service"),
         )
 
     async def run(self) -> None:
@@ -233,8 +237,9 @@ class Attachment:
                 if size > self._frame_size_max:
                     drops[Drop.TOO_LONG] += 1
                     self._tell(
+                        "too long",
                         f"a frame of {size} or more bytes is too long for the way to the peers and "
-                        f"was dropped: the VM must use an MTU of {self.mtu}"
+                        f"was dropped: the VM must use an MTU of {self.mtu}",
                     )
                     continue
                 if self._is_suspended:
@@ -282,7 +287,7 @@ class Attachment:
                         await trio.lowlevel.wait_writable(self.link.fd)
             except OSError as exc:
                 counters.drops[Drop.LINK] += count
-                self._tell(f"{peer.address}: {exc.strerror or exc}")
+                self._tell(f"to {peer.address}", f"{peer.address}: {exc.strerror or exc}")
             else:
                 counters.sent(count, end - start)
         peer.association.sent = True
@@ -303,7 +308,8 @@ class Attachment:
                         is_more = False
                         break
                     except OSError as exc:  # an ICMP error of a frame that was sent
-                        self._tell(f"{self.link.name}: {exc.strerror or exc}")
+                        self._tell("link", f"{self.link.name}: {exc.strerror or exc}")
+                        count += 1
                         continue
                     count += max(1, size // max(1, segment))
                     frames = self._open_run(size, segment, sender)
@@ -370,7 +376,7 @@ class Attachment:
                     self.counters.drops[Drop.PORT] += 1
             except OSError as exc:
                 self.counters.drops[Drop.PORT] += 1
-                self._tell(f"{self.port.name}: {exc.strerror or exc}")
+                self._tell("port", f"{self.port.name}: {exc.strerror or exc}")
 
     async def _deliver_slowly(self, frame: tuple[memoryview, memoryview]) -> bool:
         for _ in range(SLOW_TRIES):
@@ -402,7 +408,8 @@ class Attachment:
         answers = peer.association.take_handshake(frame[FRAME_SIZE_MIN:], self._clock())
         if counts.refused != refused:
             drops[Drop.HANDSHAKE] += 1
-            self._tell(f"{sender}: handshake refused: {counts.last_refusal}")
+            said = f"{sender}: handshake refused: {counts.last_refusal}"
+            self._tell(f"handshake {sender}", said)
         self._send_all(peer, answers)
 
     # Keys
@@ -445,7 +452,7 @@ class Attachment:
             except OSError as exc:
                 peer.counters.drops[Drop.LINK] += 1
                 if not isinstance(exc, BlockingIOError):
-                    self._tell(f"{peer.address}: {exc.strerror or exc}")
+                    self._tell(f"to {peer.address}", f"{peer.address}: {exc.strerror or exc}")
 
     # Permission
 
@@ -468,11 +475,12 @@ class Attachment:
             else:
                 log.info("%s: running again", self.name)
 
-    def _tell(self, text: str) -> None:
-        """Log a warning, the same at most once a minute."""
+    def _tell(self, topic: str, text: str) -> None:
+        """Log a warning, on one topic at most once a minute: others must not fill the log.
+
+        Topics are few: what comes from outside is in the text, not in the topic.
+        """
         now = self._clock()
-        if now >= self._told.get(text, 0.0):
-            if len(self._told) > 100:
-                self._told.clear()
-            self._told[text] = now + 60
+        if now >= self._told.get(topic, 0.0):
+            self._told[topic] = now + 60
             log.warning("%s: %s", self.name, text)
