@@ -77,6 +77,10 @@ class KeyRefused(KeyServiceError):
     """The TPM refuses the key: it is another one or was cleared, or a PCR changed."""
 
 
+class NotAllowed(KeyRefused):
+    """The VM is not allowed on the network."""
+
+
 class PinNeeded(KeyRefused):
     """The VM's key opens with a PIN only, and none was given."""
 

@@ -60,7 +60,7 @@ def raw_connection(path: Path, *, joined: bool = True) -> Iterator[socket.socket
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as found:
         found.settimeout(20)
         found.connect(str(path))
-        assert answer_of(found) == {"ok": True, "version": 1}
+        assert answer_of(found) == {"ok": True, "version": 1, "features": ["networks"]}
         if joined:
             assert ask(found, {"verb": "join", "group": os.urandom(16).hex()})["ok"]
         yield found

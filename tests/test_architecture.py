@@ -1,6 +1,6 @@
 """The rules of the house, by syntax tree: who imports whom, and who may touch what.
 
-cli -> mount -> image, keys -> errors; image and keys do not know each other. Operating system,
+cli -> mount, net -> image, keys -> errors; image and keys do not know each other. Operating system,
 event loop, TPM and cipher each have their owners, so that the rest can be tested without them.
 """
 
@@ -16,12 +16,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 MAY_IMPORT = {
     "errors": set(),
+    "control": {"errors"},
     "image": {"image", "errors"},
     "keys": {"keys", "errors"},
-    "mount": {"mount", "image", "keys", "errors"},
-    "cli": {"cli", "mount", "image", "keys", "errors"},
+    "mount": {"mount", "control", "image", "keys", "errors"},
+    "net": {"net", "control", "keys", "errors"},
+    "cli": {"cli", "mount", "net", "control", "image", "keys", "errors"},
 }
-DIRECTION = "cli -> mount -> image, keys -> errors; image and keys do not import each other"
+DIRECTION = (
+    "cli -> mount, net; both -> control, keys; mount -> image; all -> errors; "
+    "image and keys do not import each other, nor do mount and net"
+)
 
 # Library -> the rooms or modules that own it, and why nobody else may have it.
 OWNERS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -29,21 +34,23 @@ OWNERS: dict[str, tuple[tuple[str, ...], str]] = {
         ("mount/namespace", "mount/files", "mount/attributes", "mount/session"),
         "pyfuse3 ends where the namespace ends; lane and images know nothing of it",
     ),
-    "trio": (("mount",), "the event loop is the mount's; image and keys are plain calls"),
+    "trio": (("mount", "net", "control"),
+             "the event loop is the daemons'; image and keys are plain calls"),
     "tpm2_pytss": (("keys/tpm", "keys/tpm_context", "keys/tpm_duplicate", "keys/tpm_policies",
                     "keys/tpm_templates", "keys/tpm_errors"),
                    "one place speaks to the TPM"),
-    "cryptography": (("image/cipher", "image/blockseal", "keys"),
+    "cryptography": (("image/cipher", "image/blockseal", "keys", "net/cipher", "net/noise"),
                      "bytes are sealed in one place, keys in one room"),
     "click": (("cli",), "arguments are the command line's"),
     "rich": (("cli/output",), "what is drawn on a terminal is drawn in one module"),
     "ctypes": (("image/storage", "mount/kernel", "mount/lane", "mount/relay",
                 "mount/protocol", "keys/hardening"),
                "system calls that Python lacks stay where the kernel is spoken to"),
-    "subprocess": (("cli", "keys/swtpm", "mount/kernel"), "few places start programs"),
+    "subprocess": (("cli", "keys/swtpm", "mount/kernel", "net/kernel"),
+                   "few places start programs"),
     "fcntl": (("image/storage", "keys/statedir", "keys/swtpm", "keys/broker", "keys/keyd_wire",
                "cli/newborn", "cli/sealed",
-               "cli/sealing", "mount"),
+               "cli/sealing", "mount", "net/port", "net/link", "net/service"),
               "locks are taken where files are owned"),
 }  # fmt: skip
 
@@ -74,6 +81,15 @@ PURE = {
     "keys/wire": "bytes",
     "keys/labels": "constants",
     "cli/arguments": "texts to values",
+    "net/frame": "bytes to fields and back",
+    "net/window": "numbers",
+    "net/noise": "keys come in as arguments",
+    "net/handshake": "bytes to records and back; keys come in as arguments",
+    "net/association": "time and randomness come in, frames go out",
+    "net/learned": "a table",
+    "net/outbox": "arithmetic",
+    "net/counters": "numbers to texts",
+    "net/labels": "constants",
 }
 
 

@@ -1,6 +1,7 @@
 """What the system must be able to do, a test for each row: C3 to C8, and C12.
 
-C9 and C11 in process are in test_keys_service.py, C11 apart from the console in test_keyd.py, the
+C9 and C11 in process are in test_keys_service.py, C11 apart from the console in test_keyd.py, C2
+and C10 on a network in test_net_keys.py, test_net_cli.py and test_net_live.py, the
 blocks themselves (C1, C10) in the tests of the mount.
 """
 

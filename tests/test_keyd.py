@@ -514,6 +514,8 @@ def seeds(host: Host) -> list[bytes]:
         "find": {"image": image},
         "note": {"images": {image: [1, image], "00" * 16: [1 << 40, image]}},
         "accept": {"image": image, "progress": [3, image]},
+        "network_grant": {"network": "prod", "vm_id": "web1", "device": 1},
+        "network_allowed": {"network": "prod", "vm_id": "web1"},
     }
     return [keyd_wire.encode({"verb": verb, **fields.get(verb, {})}) for verb in keyd_wire.FIELDS]
 
@@ -544,6 +546,8 @@ def mutated(rng: random.Random, messages: list[bytes]) -> bytes:
 def test_100000_mutated_messages(host: Host, keyd: Keyd) -> None:
     """No death, no growth, and then a good request is answered."""
     sealed = make_disk(host, "web1", "1M")
+    host.run("net", "create", "prod")
+    host.run("net", "allow", "prod", "--vm", "web1")
     secrets = Secrets(host, sealed)
     rng, messages = random.Random(5), seeds(host)
     kinds: set[str] = set()
@@ -591,6 +595,7 @@ def test_100000_mutated_messages(host: Host, keyd: Keyd) -> None:
     arguments = (identity.kmi, identity.vm_id, identity.uuid, identity.wrapped_keys[0][1])
     assert keys.image_key(*arguments) == secrets.image_key
     keys.registry.check(sealed, identity.uuid, "web1")
+    assert keys.networks.is_allowed("prod", "web1")
     keys.close()
     descriptors = Path(f"/proc/{keyd.process.pid}/fd")
     wait_until(lambda: not [1 for fd in descriptors.iterdir() if "memfd" in os.readlink(fd)])

@@ -21,13 +21,14 @@ from exerciser_files import LiveMount
 from kills import besiege, seal_all
 from mount_support import ROOT, mounted, open_offline, seal_new, wait_for
 
+from sealfs.control import call
 from sealfs.errors import Busy, NotFound, StorageFailed, UsageError
 from sealfs.image.layout import BLOCK_SIZE
 from sealfs.image.recovery import peek
 from sealfs.image.storage import FileStorage
 from sealfs.image.volume import FENCE_AGE
 from sealfs.mount import daemon, kernel, session
-from sealfs.mount.control import call, find_mount
+from sealfs.mount.control import find_mount
 from sealfs.mount.options import MountOptions
 
 pytestmark = [

@@ -16,9 +16,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from host_support import Host
 
+from sealfs.control import call
 from sealfs.errors import LockedOut, NotFound, UsageError, WrongPin
 from sealfs.keys.signed import SignedPolicy
-from sealfs.mount.control import call, find_mount
+from sealfs.mount.control import find_mount
 
 pytestmark = [pytest.mark.fuse, pytest.mark.tpm]
 

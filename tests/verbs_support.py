@@ -73,7 +73,7 @@ class Host:
 
     def json(self, *arguments: object) -> Any:
         text = self.run("--json", *arguments)
-        return json.loads(text[: text.rindex("}") + 1] if "}" in text else text)
+        return json.JSONDecoder().raw_decode(text)[0]
 
     def make(self, name: str, *options: object, vm_id: str = "web1") -> Path:
         """Seal a small disk with CONTENT."""

@@ -38,9 +38,12 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     user = f"uid {entry.get('uid')}"
     if "login" in entry:
         user += f" (login {entry['login']})"
+    event = str(entry.get("event"))
+    if "network" in entry:
+        event += f": {entry['network']}"
     words = (
         str(entry.get("time", ""))[:19].replace("T", " "),
-        str(entry.get("event")),
+        event,
         str(entry.get("vm", "")),
         str(entry.get("outcome")),
         f"{entry.get('program')} {entry.get('pid')}, {user}",

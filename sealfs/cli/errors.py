@@ -106,6 +106,7 @@ class Situation:
         path: the image or directory that the user named.
         destination: what is being made, where that is another path.
         mountpoint: of the mount that holds the image, where one does.
+        network: the identifier of the network that the user named.
         state: the state directory.
         is_root: whether nothing is forbidden to this user.
     """
@@ -116,6 +117,7 @@ class Situation:
     path: Path | None = None
     destination: Path | None = None
     mountpoint: Path | None = None
+    network: str | None = None
     state: Path = STATE_DEFAULT
     verbose: int = 0
     json: bool = False
@@ -179,6 +181,10 @@ def _busy(error: BaseException, situation: Situation) -> str | None:
     text = str(error)
     if situation.path is not None and "dead mount" in text:
         return _free(situation.path, situation)
+    if "is attached already" in text:
+        vm, _, index = getattr(error, "subject", "").rpartition("/")
+        again = f"net detach --vm {shlex.quote(vm)}" + (f" --device-index {index}" * (index != "0"))
+        return situation.sealfs(again)
     if "already mounted" in text:
         return situation.sealfs(f"umount {situation.quoted}")
     if situation.mountpoint is None:
@@ -217,7 +223,9 @@ def _tpm(error: BaseException, situation: Situation) -> str | None:
 
 
 def _no_key(error: BaseException, situation: Situation) -> str | None:
-    if situation.command.startswith("key "):
+    if situation.network is not None and getattr(error, "subject", "") == situation.network:
+        return situation.sealfs("net list")
+    if situation.command.startswith(("key ", "net ")):
         return situation.sealfs("key list")
     return _key_refused(error, situation)
 
@@ -231,7 +239,7 @@ def _key_refused(error: BaseException, situation: Situation) -> str | None:
     if text.endswith("try again"):
         return situation.again()
     lost = Path(getattr(error, "subject", ""))
-    if lost in (situation.state / "ledger", situation.state / "registry"):
+    if lost in [situation.state / name for name in ("ledger", "registry", "networks")]:
         return situation.sealfs("accept-rollback --ledger")
     if lost == situation.state / "host.record":
         return (
@@ -242,9 +250,18 @@ def _key_refused(error: BaseException, situation: Situation) -> str | None:
         return situation.sealfs("init --replace-tpm")
     if situation.command in ("key recover", "key import", "key enroll"):
         return None
+    if situation.network is not None:
+        return situation.sealfs(f"key test {shlex.quote(getattr(error, 'subject', ''))}")
     if situation.path is None:
         return situation.sealfs("key recover IMAGE") + ", any image of this VM"
     return situation.sealfs(f"key recover {situation.quoted}")
+
+
+def _not_allowed(error: BaseException, situation: Situation) -> str | None:
+    if situation.network is None:
+        return None
+    network, vm = shlex.quote(situation.network), shlex.quote(getattr(error, "subject", ""))
+    return situation.sealfs(f"net allow {network} --vm {vm}")
 
 
 def _pin_needed(error: BaseException, situation: Situation) -> str | None:
@@ -279,6 +296,8 @@ def _storage_failed(error: BaseException, situation: Situation) -> str | None:
 
 
 def _not_found(error: BaseException, situation: Situation) -> str | None:
+    if situation.command == "net deny" and situation.network is not None:
+        return situation.sealfs(f"net show {shlex.quote(situation.network)}")
     if "package qemu-utils" in str(error):
         return f"{'' if situation.is_root else 'sudo '}apt install qemu-utils"
     if situation.command == "key rotate" and "is not there" in str(error):
@@ -289,7 +308,11 @@ def _not_found(error: BaseException, situation: Situation) -> str | None:
 
 def _exists(error: BaseException, situation: Situation) -> str | None:
     path, made = situation.path, situation.destination
+    if "is the name of a network" in str(error):
+        return situation.sealfs("net list")
     match situation.command:
+        case "net create" if situation.network is not None and "network has" in str(error):
+            return situation.sealfs(f"net show {shlex.quote(situation.network)}")
         case "export" if made is not None and path is not None:
             if not made.is_dir():
                 return situation.again("--force")
@@ -350,6 +373,7 @@ HINTS: tuple[tuple[type[BaseException], Hint, str], ...] = (
     (errors.PinNeeded, _pin_needed, "under a mount: `sealfs unlock VM`, once"),
     (errors.WrongPin, _nothing, "type it again; forgotten: `sealfs key recover IMAGE`"),
     (errors.LockedOut, _locked_out, "wait; the recovery key opens meanwhile"),
+    (errors.NotAllowed, _not_allowed, ""),
     (errors.KeyRefused, _key_refused, ""),
     (errors.KeyRecordDamaged, _key_refused, "of the host itself: a backup of the state"),
     (errors.KeyServiceError, _nothing, "`-v` shows more"),

@@ -140,7 +140,7 @@ def log(settings: Settings) -> Iterator[Health]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stream:
             stream.connect(SYSLOG)
     except OSError:
-        from sealfs.mount.control import run_directory  # loads the event loop
+        from sealfs.control import run_directory  # loads the event loop
 
         place = run_directory() / "mount.log"
         yield Health(

@@ -13,12 +13,15 @@ import click
 from sealfs.cli import identities, sealed
 from sealfs.cli.asked import pin_file_option
 from sealfs.cli.errors import warn
-from sealfs.cli.keys import key_command, record_of
+from sealfs.cli.keys import key_command
+from sealfs.cli.named import found_record, record_of
+from sealfs.cli.net import recheck
 from sealfs.cli.output import print_json
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import UsageError
 from sealfs.image import identity as image_identity
 from sealfs.image.format import Identity
+from sealfs.keys import names
 from sealfs.keys.rotation import changing_key
 
 if TYPE_CHECKING:
@@ -118,13 +121,14 @@ def revoke_key(settings: Settings, vm: str, yes: bool, lost: tuple[Path, ...]) -
     recovery key still, and on hosts that were enrolled. Interrupted, the same command goes on.
     """
     with settings.keys() as keys:
-        vm_id = next((info.vm_id for info in keys.records() if vm in (info.vm_id, info.kmi)), vm)
+        record = found_record(keys, vm)
+        vm_id = vm if record is None or not record.vm_id else record.vm_id
+        is_network = names.is_network(vm_id)
         with changing_key(keys, vm_id), contextlib.ExitStack() as stack:
             disks, left = identities.disks_of(keys, vm_id, without=lost)
             if not yes:
-                raise UsageError(
-                    vm_id, f"this destroys its key, and {len(disks)} disks with it: say --yes"
-                )
+                lost_too = "cuts off its VMs" if is_network else f"{len(disks)} disks with it"
+                raise UsageError(vm_id, f"this destroys its key, and {lost_too}: say --yes")
             held = []
             for disk in disks:
                 _let_go(settings, disk)
@@ -136,9 +140,13 @@ def revoke_key(settings: Settings, vm: str, yes: bool, lost: tuple[Path, ...]) -
                 image_identity.erase(storage, known)
             # Crash here: the records are there, and give their key to nobody.
             keys.slots.destroy(vm_id)
+    recheck()
     for path in left:
         warn(f'"{path}" was left out: its recovery key opens it on another host')
-    warn("copies of its images made before still open: by recovery keys, and on enrolled hosts")
+    if is_network:
+        warn("enrolled hosts have the network's key still: revoke it there too, or make another")
+    else:
+        warn("copies of its images made before still open: by recovery keys, and on enrolled hosts")
     if settings.json:
         print_json({"vm_id": vm_id, "erased": [str(disk.path) for disk in disks]})
 

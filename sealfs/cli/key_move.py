@@ -15,7 +15,9 @@ from sealfs.cli import identities, sealed
 from sealfs.cli.asked import pin_file_option
 from sealfs.cli.errors import warn
 from sealfs.cli.images import enter
-from sealfs.cli.keys import key_command, record_of
+from sealfs.cli.keys import key_command
+from sealfs.cli.named import record_of
+from sealfs.cli.net import recheck
 from sealfs.cli.newborn import Newborn
 from sealfs.cli.output import print_facts, print_json, printable
 from sealfs.cli.settings import PATH, Settings, common_options
@@ -103,6 +105,7 @@ def enroll_key(
             # Crash here: the package is complete, and the VM opens here still.
             if move:
                 keys.moving.leave(vm_id, target)
+                recheck()
     if settings.json:
         print_json(
             {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from sealfs.cli.named import record_of
 from sealfs.cli.protecting import Wanted, protection_options
 from sealfs.cli.settings import Settings, common_options
 from sealfs.errors import UsageError
@@ -43,7 +44,7 @@ def reseal_key(
             )
         settings.pin_file, settings.pin_option = old_pin_file, "--old-pin-file"
         with settings.keys() as keys:
-            keys.reseal(vm, protection, keep=keep)
+            keys.reseal(record_of(keys, vm).vm_id, protection, keep=keep)
     finally:
         if protection.pin is not None:
             wipe(protection.pin)

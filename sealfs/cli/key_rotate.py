@@ -11,7 +11,8 @@ import click
 from sealfs.cli import identities
 from sealfs.cli.asked import pin_file_option
 from sealfs.cli.errors import warn
-from sealfs.cli.keys import key_command, record_of
+from sealfs.cli.keys import key_command
+from sealfs.cli.named import record_of
 from sealfs.cli.output import print_json, printable
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.cli.unlock import unlock_again

@@ -15,6 +15,7 @@ import click
 
 from sealfs.cli import interrupts
 from sealfs.cli.settings import PATH, Settings, common_options
+from sealfs.control import run_directory
 from sealfs.errors import UsageError
 from sealfs.keys.audit import actor_of
 from sealfs.keys.broker import Broker
@@ -23,7 +24,6 @@ from sealfs.keys.host import Host
 from sealfs.keys.keyd_wire import SOCKET_NAME
 from sealfs.keys.service import KeyService
 from sealfs.mount import daemon
-from sealfs.mount.control import run_directory
 
 UID_MAX = (1 << 32) - 2
 MODULE = "sealfs.cli.main"

@@ -12,6 +12,7 @@ from sealfs.cli import asked, sealed, survey
 from sealfs.cli.errors import ExitCode, warn
 from sealfs.cli.images import enter
 from sealfs.cli.key_reseal import reseal_key
+from sealfs.cli.named import record_of
 from sealfs.cli.output import print_facts, print_json, print_table, printable
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import FormatError, KeyNotFound, KeyRecordDamaged, UsageError
@@ -161,20 +162,6 @@ def _test_rows(
         result = slot.detail if slot.opens is not False else f"FAILS: {slot.detail}"
         rows.append(("" if number else name, slot.kind, "; ".join((result, *slot.trouble))))
     return rows
-
-
-def record_of(keys: KeyService, vm: str) -> KeyInfo:
-    """Return the key record of a VM, named by VM id or KMI.
-
-    Raises:
-        KeyNotFound, KeyRecordDamaged, FormatError: there is none, or it cannot be read.
-    """
-    for record in keys.records():
-        if vm in (record.vm_id, record.kmi):
-            return record
-    if keys.has(vm):
-        keys.test(vm)  # a record that cannot be read says nothing of its VM; this says why
-    raise KeyNotFound(vm, "this host has no key for it")
 
 
 @key_command.command("recover", short_help="Make keys usable here again, by the recovery key.")

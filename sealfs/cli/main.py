@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "accept-rollback": ("rollback", "Accept an older image, or an older state directory."),
     "host-id": ("key_move", "Tell who this host is, for `key enroll` on another."),
     "key": ("key", "Look at keys, try, change, move, recover and revoke them."),
+    "net": ("net_all", "Sealed network links between virtual machines."),
     "unlock": ("unlock", "Give a VM's PIN to the mounts that serve its images."),
     "lock": ("unlock", "Drop the key that unlock gave."),
     "policy": ("policy", "Signed policies: states that an offline key approves."),

@@ -130,7 +130,7 @@ def key_for(keys: KeyService, vm_id: str, wanted: NewKey) -> tuple[VmKey, bool]:
 
 
 def _create(keys: KeyService, vm_id: str, wanted: NewKey) -> VmKey:
-    handed_in = _console_key(wanted)
+    handed_in = console_key(wanted)
     asks = wanted.protection
     try:
         return keys.create(
@@ -142,8 +142,12 @@ def _create(keys: KeyService, vm_id: str, wanted: NewKey) -> VmKey:
             wipe(handed_in)
 
 
-def _console_key(wanted: NewKey) -> bytearray | None:
-    """Read the key that the console hands in; it never stands in an argument."""
+def console_key(wanted: NewKey) -> bytearray | None:
+    """Read the key that the console hands in; it never stands in an argument.
+
+    Raises:
+        UsageError: `--key-file` without the console's key, or the other way round.
+    """
     if (wanted.origin == "console") != (wanted.file is not None):
         raise UsageError("--key-file", "goes with --key-from console, and that needs it")
     if wanted.file is None:

@@ -18,6 +18,12 @@ from sealfs.mount import freshness
 
 log = logging.getLogger("sealfs")
 
+_EMPTY = {
+    "ledger": "knows no image yet",
+    "registry": "knows no image yet",
+    "networks": "allows no VM on any",
+}
+
 
 @click.command("accept-rollback")
 @click.argument("image", required=False, type=PATH)
@@ -30,21 +36,27 @@ def accept_rollback_command(settings: Settings, image: Path | None, ledger: bool
     """Go on with an image that is older than this host has seen it: a restored backup.
 
     The image is verified with its key; what was written after it was saved is lost, and copies
-    newer than it are refused from now on. With --ledger: take the ledger and the registry in the
-    state directory, which are older than this host has seen them, for the present ones; each image
-    is compared with them. Of one that is gone or damaged nothing is kept: then `register` each
-    image.
+    newer than it are refused from now on. With --ledger: take the ledger, the registry and
+    the permissions on networks in the state directory, which are older than this host has seen
+    them, for the present ones; each image is compared with them. Of one that is gone or damaged
+    nothing is kept: then `register` each image, and `net allow` each VM.
     """
     if (image is None) != ledger:
         raise UsageError("accept-rollback", "name an image, or --ledger")
     if image is None:
         with settings.keys() as keys:
-            kept = {"ledger": keys.ledger.rebase(), "registry": keys.registry.rebase()}
+            tried = {
+                "ledger": keys.ledger.rebase(),
+                "registry": keys.registry.rebase(),
+                "networks": keys.networks.permissions.rebase(),
+            }
+            kept = {name: is_kept for name, is_kept in tried.items() if is_kept is not None}
             keys.audit.record("state rollback accepted")
         for name, is_kept in kept.items():
             log.warning(
-                'the %s in "%s" was %s', name, settings.state,
-                "accepted as it is" if is_kept else "unreadable; an empty one knows no image yet",
+                'the %s in "%s" %s %s', name, settings.state,
+                "were" if name == "networks" else "was",
+                "accepted as it is" if is_kept else f"unreadable; an empty one {_EMPTY[name]}",
             )  # fmt: skip
         if settings.json:
             print_json({"state": str(settings.state), "kept": kept})

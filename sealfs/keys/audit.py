@@ -36,7 +36,7 @@ AUDIT_SIZE_MAX: Final = AUDIT_SIZE + (64 << 10)
 OLDER_MAX: Final = 9
 DETAIL_MAX: Final = 300
 OK: Final = "ok"
-USES: Final = ("key made", "key used", "key unlocked", "key recovered")
+USES: Final = ("key made", "key used", "key unlocked", "key recovered", "network used")
 _FIRST: Final = bytes(STATE_MAC_SIZE)
 _NOBODY: Final = 2**32 - 1
 

@@ -29,6 +29,7 @@ from sealfs.keys import keyd_wire as protocol
 from sealfs.keys.hostrecord import UUID_SIZE
 from sealfs.keys.keyd_wire import Document
 from sealfs.keys.ledger import Ledger, Progress
+from sealfs.keys.networks import NetworkKey
 from sealfs.keys.registry import ENTRY_COUNT_MAX, Move, Registry, RegistryFile
 from sealfs.keys.statedir import ImageLock
 from sealfs.keys.vmkey import NewImageKey, wipe
@@ -43,6 +44,13 @@ FAREWELL_S: Final = 15.0
 _log = logging.getLogger("sealfs.keyd")
 
 
+class Networks(Protocol):
+    """The networks of one group."""
+
+    def grant(self, network: str, vm_id: str, device: int) -> NetworkKey: ...
+    def is_allowed(self, network: str, vm_id: str) -> bool: ...
+
+
 class Keys(Protocol):
     """The key service of one group; any thread may call it."""
 
@@ -50,6 +58,8 @@ class Keys(Protocol):
     def registry(self) -> Registry: ...
     @property
     def ledger(self) -> Ledger: ...
+    @property
+    def networks(self) -> Networks: ...
     def image_key(self, kmi: str, vm_id: str, image_uuid: bytes, wrapped: bytes) -> bytearray: ...
     def new_image_key(self, vm_id: str, image_uuid: bytes) -> NewImageKey: ...
     def lock_image(self, subject: object, image_uuid: bytes, *, shared: bool) -> ImageLock: ...
@@ -212,7 +222,8 @@ class Broker:
         client = _Client(self, pid, uid)
         buffer = bytearray(protocol.MESSAGE_SIZE_MAX)
         try:
-            connection.send(protocol.encode({"ok": True, "version": protocol.PROTOCOL_VERSION}))
+            greeting = {"version": protocol.PROTOCOL_VERSION, "features": protocol.FEATURES}
+            connection.send(protocol.encode({"ok": True, **greeting}))
             while True:
                 size, _, flags, _ = connection.recvmsg_into([buffer])
                 if not size:
@@ -389,6 +400,13 @@ class _Client:
     def do_accept(self, image: bytes, progress: Progress | None) -> None:
         self.keys.ledger.begin()
         self.keys.ledger.accept(image, progress)
+
+    def do_network_grant(self, network: str, vm_id: str, device: int) -> Answer:
+        found = self.keys.networks.grant(network, vm_id, device)
+        return _with_key(found.key, {"sci": found.sci.hex()})
+
+    def do_network_allowed(self, network: str, vm_id: str) -> Answer:
+        return Answer({"allowed": self.keys.networks.is_allowed(network, vm_id)})
 
 
 def _send(connection: socket.socket, answer: Answer) -> None:

@@ -19,6 +19,7 @@ from sealfs import errors
 from sealfs.errors import KeydUnavailable, KeyServiceError, SealfsError, UsageError
 from sealfs.keys import wire
 from sealfs.keys.ledger import RESERVED_IDS, STATE_MAC_SIZE, Progress
+from sealfs.keys.records import DEVICE_MAX
 from sealfs.keys.registry import PATH_SIZE_MAX
 from sealfs.keys.vmkey import UUID_SIZE
 
@@ -32,6 +33,9 @@ WRAPPED_SIZE_MAX: Final = 1024
 ERROR_TEXT_MAX: Final = 2048
 """Letters; JSON may take 12 bytes for each."""
 SOCKET_NAME: Final = "keyd.sock"
+NETWORKS: Final = "networks"
+FEATURES: Final = (NETWORKS,)
+"""What this keyd knows beyond the verbs that each of its version knows; it says so first."""
 
 SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -144,6 +148,12 @@ def _flag(found: object) -> bool:
     return found
 
 
+def _device(found: object) -> int:
+    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found <= DEVICE_MAX:
+        raise ValueError(f"a device, 0 to {DEVICE_MAX}, is expected")
+    return found
+
+
 def _octets(size_max: int, size_min: int) -> Callable[[object], bytes]:
     def read(found: object) -> bytes:
         raw = b""
@@ -211,8 +221,13 @@ FIELDS: Final[dict[str, dict[str, Callable[[object], object]]]] = {
     "relock": {"vm_id": _identifier},
     "note": {"images": _images},
     "accept": {"image": _uuid, "progress": progress_from},
+    "network_grant": {"network": _identifier, "vm_id": _identifier, "device": _device},
+    "network_allowed": {"network": _identifier, "vm_id": _identifier},
 }
 """Verb -> field -> what reads it."""
+
+FEATURE_OF: Final = {"network_grant": NETWORKS, "network_allowed": NETWORKS}
+"""Verbs that not every keyd of this version knows."""
 
 TAKES_SECRET: Final = frozenset({"unlock"})
 """Verbs behind whose JSON a NUL and a secret stand (a PIN)."""

@@ -40,8 +40,10 @@ STATE_MAC_SIZE: Final = 16
 ENTRY_COUNT_MAX: Final = 65_535
 REGISTRY_ID: Final = b"sealfs registry\0"
 AUDIT_ID: Final = b"sealfs audit log"
-"""No image has these uuids: under them stands how far registry and audit log have come."""
-RESERVED_IDS: Final = frozenset({REGISTRY_ID, AUDIT_ID})
+NETWORKS_ID: Final = b"sealfs networks\0"
+"""No image has these uuids: under them stands how far registry, audit log and the permissions on
+networks have come."""
+RESERVED_IDS: Final = frozenset({REGISTRY_ID, AUDIT_ID, NETWORKS_ID})
 BURNED: Final = 2
 """Values that a bump moves the counter on by."""
 _ENTRY_SIZE: Final = UUID_SIZE + 8 + STATE_MAC_SIZE

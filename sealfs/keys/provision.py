@@ -41,13 +41,14 @@ from sealfs.keys.hostrecord import (
     host_payload,
     open_host_payload,
 )
-from sealfs.keys.ledger import AUDIT_ID, REGISTRY_ID, Progress
+from sealfs.keys.ledger import RESERVED_IDS, Progress
 from sealfs.keys.registry import REGISTRY_SIZE_MAX, RegistryFile
 from sealfs.keys.reports import InitReport, init_report
 from sealfs.keys.statedir import (
     HOST_FILE,
     HOST_PENDING_FILE,
     LEDGER_FILE,
+    NETWORKS_FILE,
     REGISTRY_FILE,
     REPLACED_SUFFIX,
     HeldLock,
@@ -118,9 +119,9 @@ def replace_tpm(
     """Set this host up anew: its TPM was cleared or is another one. Durable on return.
 
     Host record, registry and ledger of before are kept as `*.replaced`. Nothing authenticates
-    them any more: the registry is not taken over, and of the ledger only that no image may be
-    older than it says, which can refuse too much but never too little. Key records stay; each
-    opens with the recovery key only, until the VM is recovered.
+    them any more: the registry is not taken over, nor which VM is allowed on which network, and of
+    the ledger only that no image may be older than it says, which can refuse too much but never
+    too little. Key records stay; each opens with the recovery key only, until the VM is recovered.
 
     Args:
         path: The state directory.
@@ -156,7 +157,7 @@ def replace_tpm(
                 content = state.read(name, ledger.LEDGER_SIZE_MAX)
                 if content is not None:
                     state.write(name + REPLACED_SUFFIX, content, held)
-        for file in audit.files():
+        for file in (*audit.files(), NETWORKS_FILE):
             # Nothing authenticates what is in them any more.
             if (state.path / file).exists():
                 state.rename(file, file + REPLACED_SUFFIX, held)
@@ -198,8 +199,7 @@ def _images_of_before(state: StateDir) -> dict[bytes, Progress]:
         found = ledger.LedgerFile.decode(raw, None, str(state.path / LEDGER_FILE))
     except (FormatError, KeyRecordDamaged):
         return {}
-    others = (REGISTRY_ID, AUDIT_ID)
-    return {uuid: progress for uuid, progress in found.images.items() if uuid not in others}
+    return {uuid: at for uuid, at in found.images.items() if uuid not in RESERVED_IDS}
 
 
 def _set_up(

@@ -38,6 +38,8 @@ SOFTWARE_SLOT_SIZE_MAX: Final = 512
 VM_KEY_SIZE: Final = 64
 BINDING_SIZE: Final = 32
 PCR_VALUE_SIZE: Final = 32
+DEVICE_MAX: Final = 255
+"""Network devices of a VM, from 0; QEMU's PCI machines take some thirty."""
 SIGNER_SIZE_MAX: Final = 512
 """The public area of an RSA-2048 signer takes 278 bytes, of a P-256 one 86."""
 POLICY_REF_SIZE_MAX: Final = 64
@@ -234,6 +236,12 @@ def vm_lock_name(vm_id: str) -> bytes:
     Shared: an image under that key is being made. Exclusive: the key is being changed.
     """
     return hashlib.sha256(labels.VM_LOCK_NAME + wire.text(vm_id)).digest()[:16]
+
+
+def device_lock_name(vm_id: str, device: int) -> bytes:
+    """Return what is locked, as if it were an image, while a VM's network device is attached."""
+    body = labels.DEVICE_LOCK_NAME + wire.text(vm_id) + wire.number(device, 2)
+    return hashlib.sha256(body).digest()[:16]
 
 
 def vm_payload(vm_id: str, kmi: str, key: bytes | bytearray) -> bytearray:

@@ -16,24 +16,22 @@ import contextlib
 import dataclasses
 import hmac
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 from sealfs.errors import (
     AlreadyExists,
     ForeignImage,
-    FormatError,
-    KeyRecordDamaged,
     NoSpace,
-    RolledBack,
     UsageError,
 )
 from sealfs.keys import labels, wire
 from sealfs.keys.hostrecord import MAC_SIZE, UUID_SIZE
 from sealfs.keys.ledger import REGISTRY_ID, STATE_MAC_SIZE, Progress, SubkeyLender
-from sealfs.keys.statedir import REGISTRY_FILE, HeldLock, StateDir
+from sealfs.keys.noted import Ledger, NotedFile
+from sealfs.keys.statedir import REGISTRY_FILE, StateDir
 
 REGISTRY_VERSION: Final = 2
 """Version 1 has no generation; it is read as generation 0."""
@@ -42,14 +40,6 @@ REGISTRY_SIZE_MAX: Final = 16 * 1024 * 1024
 """A thousand bytes for each entry; an ordinary path takes a hundred."""
 PATH_SIZE_MAX: Final = 4096
 """PATH_MAX, limits.h."""
-
-
-class Ledger(Protocol):
-    """The host's ledger as the registry needs it."""
-
-    def noted(self, image_uuid: bytes) -> Progress | None: ...
-    def note(self, images: Mapping[bytes, Progress]) -> None: ...
-    def accept(self, image_uuid: bytes, progress: Progress | None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +156,21 @@ class Registry:
         *,
         name_of: Callable[[Path], str] | None = None,
     ) -> None:
-        self._state = state
-        self._host_id = host_id
-        self._subkey = subkey
-        self._ledger = ledger
         self._name_of = canonical if name_of is None else name_of
-        self._subject = str(state.path / REGISTRY_FILE)
+        self._file = NotedFile(
+            state,
+            host_id,
+            subkey,
+            ledger,
+            name=REGISTRY_FILE,
+            what="registry",
+            ledger_id=REGISTRY_ID,
+            mac_info=labels.REGISTRY_MAC_INFO,
+            size_max=REGISTRY_SIZE_MAX,
+            decode=RegistryFile.decode,
+            empty=lambda generation: RegistryFile(host_id, (), generation),
+            is_made_by_init=True,
+        )
 
     def entries(self) -> list[RegistryEntry]:
         """Return all entries, sorted by path.
@@ -180,12 +179,7 @@ class Registry:
             KeyRecordDamaged: edited, removed, or another host's.
             RolledBack: older than this host has seen it.
         """
-        # The ledger first: the registry found afterwards is at least as new as what it notes.
-        noted = self._ledger.noted(REGISTRY_ID)
-        with self._subkey(labels.REGISTRY_MAC_INFO) as mac_key:
-            found = self._read(mac_key)
-        self._check(found, noted)
-        return list(found.entries)
+        return list(self._file.read().entries)
 
     def rebase(self) -> bool:
         """Take the registry as it is for the newest, whatever was noted; durable.
@@ -197,17 +191,7 @@ class Registry:
         Returns:
             Whether what the registry knew was kept.
         """
-        noted = self._ledger.noted(REGISTRY_ID)
-        with self._subkey(labels.REGISTRY_MAC_INFO) as mac_key, self._state.lock() as held:
-            try:
-                found, is_kept = self._read(mac_key), True
-            except (KeyRecordDamaged, FormatError):
-                generation = 1 if noted is None else noted.sequence + 1
-                empty = RegistryFile(self._host_id, (), generation)
-                found, is_kept = empty.with_mac(mac_key), False
-                self._write(found, held)
-        self._ledger.accept(REGISTRY_ID, found.progress)
-        return is_kept
+        return bool(self._file.rebase())
 
     def lookup(self, path: Path) -> RegistryEntry | None:
         """Return the entry of a sealed file, None where it is not registered."""
@@ -307,46 +291,16 @@ class Registry:
         self._change(lambda found: {entry for entry in found if entry.path != wanted})
 
     def _change(self, change: Callable[[set[RegistryEntry]], set[RegistryEntry]]) -> None:
-        # The ledger and the subkey first: both take the state lock, which is not reentrant.
-        noted = self._ledger.noted(REGISTRY_ID)
-        with self._subkey(labels.REGISTRY_MAC_INFO) as mac_key, self._state.lock() as held:
-            before = self._read(mac_key)
-            self._check(before, noted)
+        def step(before: RegistryFile) -> RegistryFile:
             entries = _sorted(change(set(before.entries)))
             if entries == before.entries:
-                return
-            after = RegistryFile(self._host_id, entries, before.generation + 1).with_mac(mac_key)
-            self._write(after, held)
-        # Crash here: the registry is one ahead of the ledger, as an image may be.
-        self._ledger.note({REGISTRY_ID: after.progress})
+                return before
+            after = RegistryFile(before.host_id, entries, before.generation + 1)
+            if len(entries) > ENTRY_COUNT_MAX or len(after.encode()) > REGISTRY_SIZE_MAX:
+                raise NoSpace(self._file.subject, f"holds {ENTRY_COUNT_MAX} images at most")
+            return after
 
-    def _check(self, found: RegistryFile, noted: Progress | None) -> None:
-        if noted is None or found.generation > noted.sequence or found.progress == noted:
-            return
-        raise RolledBack(
-            self._subject,
-            f"is at change {found.generation}, and this host has seen it at change "
-            f"{noted.sequence}: restored from a backup, or an older one put back by somebody",
-        )
-
-    def _read(self, mac_key: bytearray) -> RegistryFile:
-        raw = self._state.read(REGISTRY_FILE, REGISTRY_SIZE_MAX)
-        if raw is None:
-            raise KeyRecordDamaged(
-                self._subject, "the registry is gone, and init made one: it was removed"
-            )
-        found = RegistryFile.decode(raw, self._subject)
-        if found.host_id != self._host_id:
-            raise KeyRecordDamaged(self._subject, "is the registry of another host")
-        if not found.is_authentic(mac_key):
-            raise KeyRecordDamaged(self._subject, "does not authenticate: it was edited or damaged")
-        return found
-
-    def _write(self, after: RegistryFile, held: HeldLock) -> None:
-        raw = after.encode()
-        if len(after.entries) > ENTRY_COUNT_MAX or len(raw) > REGISTRY_SIZE_MAX:
-            raise NoSpace(self._subject, f"holds {ENTRY_COUNT_MAX} images at most")
-        self._state.write(REGISTRY_FILE, raw, held)
+        self._file.change(step)
 
 
 def canonical(path: Path) -> str:

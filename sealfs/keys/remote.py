@@ -23,6 +23,7 @@ from sealfs.errors import KeydUnavailable, SealfsError
 from sealfs.keys import keyd_wire as protocol
 from sealfs.keys.keyd_wire import Document
 from sealfs.keys.ledger import Progress
+from sealfs.keys.networks import NETWORK_KEY_SIZE, NetworkKey
 from sealfs.keys.registry import REGISTRY_SIZE_MAX, RegistryEntry, RegistryFile, canonical
 from sealfs.keys.statedir import ImageLock
 from sealfs.keys.vmkey import IMAGE_KEY_SIZE, NewImageKey
@@ -68,13 +69,15 @@ class _Connection:
             _, uid = protocol.peer_of(self._socket)
             if uid not in (0, os.geteuid()):
                 raise KeydUnavailable(path, f"is served by uid {uid}, neither root nor ours")
-            version = self._receive(False).fields.get("version")
+            greeting = self._receive(False).fields
+            version = greeting.get("version")
             if version != protocol.PROTOCOL_VERSION:
                 raise KeydUnavailable(
                     path,
                     f"speaks version {version}, this sealfs {protocol.PROTOCOL_VERSION}: "
                     "restart keyd, or this mount",
                 )
+            self._features = frozenset(map(str, greeting.get("features", ())))
             self.state_path = Path(self.ask("join", {"group": group.hex()}).fields["state"])
         except BaseException:
             self.close()
@@ -99,6 +102,11 @@ class _Connection:
             _Lost: the connection ended. KeydUnavailable: no answer in time.
             SealfsError: what the key service raised.
         """
+        feature = protocol.FEATURE_OF.get(verb)
+        if feature is not None and feature not in self._features:
+            raise KeydUnavailable(
+                self._path, f"is older than this sealfs and knows no {feature}: restart keyd"
+            )
         try:
             question = protocol.encode({"verb": verb, **fields})
             self._socket.sendmsg([question, b"\0", secret] if secret else [question])
@@ -267,6 +275,24 @@ class RemoteLedger:
         self._link.ask("accept", image=image_uuid.hex(), progress=document)
 
 
+class RemoteNetworks:
+    """The host's networks, as `Networks` has them for an attachment."""
+
+    def __init__(self, link: _Link) -> None:
+        self._link = link
+
+    def grant(self, network: str, vm_id: str, device: int) -> NetworkKey:
+        answer = self._link.ask(
+            "network_grant", hands_over=True, network=network, vm_id=vm_id, device=device
+        )
+        key = answer.memory(NETWORK_KEY_SIZE, NETWORK_KEY_SIZE)
+        return NetworkKey(key, bytes.fromhex(answer.fields["sci"]))
+
+    def is_allowed(self, network: str, vm_id: str) -> bool:
+        answer = self._link.ask("network_allowed", network=network, vm_id=vm_id)
+        return answer.fields["allowed"] is True
+
+
 class RemoteKeys:
     """The key service of a mount beside `sealfs keyd`; `KeyService` says what each call does.
 
@@ -280,6 +306,7 @@ class RemoteKeys:
         self.state_path = Path()
         self.registry = RemoteRegistry(self._link)
         self.ledger = RemoteLedger(self._link)
+        self.networks = RemoteNetworks(self._link)
 
     @classmethod
     def open(cls, path: Path) -> RemoteKeys:

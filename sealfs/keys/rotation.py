@@ -28,6 +28,7 @@ from sealfs.errors import (
 from sealfs.keys import records, recovery
 from sealfs.keys.host import Host, mixed_random
 from sealfs.keys.opening import Opening
+from sealfs.keys.permissions import Permissions
 from sealfs.keys.records import KeyRecord, Origin, PolicyKind
 from sealfs.keys.statedir import HeldLock, ImageLock
 from sealfs.keys.vault import Vault
@@ -89,10 +90,13 @@ class Rotation:
     PCRs as they are now, its signer, and the one PIN that is asked for.
     """
 
-    def __init__(self, host: Host, vault: Vault, opening: Opening, vm_id: str) -> None:
+    def __init__(
+        self, host: Host, vault: Vault, opening: Opening, permissions: Permissions, vm_id: str
+    ) -> None:
         self._host = host
         self._vault = vault
         self._opening = opening
+        self._permissions = permissions
         self._vm_id = vm_id
         self.pin: bytearray | None = None
         """The VM's, once `begin` has asked for it and the TPM took it; to be lent only."""
@@ -190,14 +194,18 @@ class Rotation:
     def finish(self) -> None:
         """Put the new key's record in the place of the old one, which is gone; durable on return.
 
-        Only when every image of the VM is rewrapped.
+        Only when every image of the VM is rewrapped. What the VM is allowed stays allowed.
         """
         state, kmi = self._host.state, self._begun.kmi
+        self._permissions.rekey(self._old, self._begun)
+        # Crash here: both records stand, and what was given with the old key is with each.
         with state.lock() as held:
             # Crash here: both records stand, and every image opens by the new one.
             state.rename(state.pending_file(kmi), state.record_file(kmi), held)
         self._opening.unlocked.replace(self._begun)
         self.is_finished = True
+        # Crash here: besides, permissions of a key that nobody has any more.
+        self._permissions.settle(self._begun)
 
     @property
     def _begun(self) -> VmKey:

@@ -25,15 +25,15 @@ from sealfs.errors import (
     KeyRefused,
     KeyServiceError,
     SealfsError,
-    UsageError,
 )
-from sealfs.keys import origins, policy, provision, records, reports, reseal, trial, wire
+from sealfs.keys import names, policy, provision, records, reports, reseal, trial, wire
 from sealfs.keys.audit import Actor, AuditLog
 from sealfs.keys.enrolment import HostId
 from sealfs.keys.host import Host, HostCounter, mixed_random
 from sealfs.keys.ledger import RESERVED_IDS, Ledger
 from sealfs.keys.making import Making, SlotKind
 from sealfs.keys.moving import Moving, host_id
+from sealfs.keys.networks import Networks
 from sealfs.keys.opening import AskPin, Opening
 from sealfs.keys.origins import KeyOrigin, KmiKind
 from sealfs.keys.protection import Protection
@@ -83,6 +83,9 @@ class KeyService:
             self.ledger,
             self.registry,
             self.audit,
+        )
+        self.networks = Networks(
+            host, self._vault, self._opening, self._making, self.ledger, self.audit
         )
         self.slots = Slots(host, self._vault, self._opening, self.audit)
 
@@ -222,15 +225,9 @@ class KeyService:
             KeyRefused, TpmUnavailable, KeyRecordDamaged: from the TPM and the host record.
         """
         wanted = Protection(policy.check_pcrs(pcrs), pin, signer)
-        if handed_in is not None:
-            origins.check_handed_in(handed_in, "VM key")
-        if slot == "software" and wanted.policy:
-            raise UsageError(vm_id, "a software slot asks for nothing: PCRs, PIN and signer are "
-                             "for a slot of the TPM")  # fmt: skip
+        names.check_vm(vm_id)
         with self.audit.recorded("key made", vm=vm_id, origin=origin) as facts:
-            key, _ = self._making.key_of(
-                vm_id, kmi, wanted, origin, handed_in, slot, is_existing_fine=False
-            )
+            key = self._making.new(vm_id, kmi, wanted, origin, handed_in, slot)
             facts["kmi"] = key.kmi
         return key
 
@@ -249,6 +246,7 @@ class KeyService:
         as well. Raises as `create` and `unseal`.
         """
         wanted = Protection(policy.check_pcrs(pcrs), pin, signer)
+        names.check_vm(vm_id)
         try:
             key, is_new = self._opening.asked(
                 vm_id,
@@ -281,6 +279,8 @@ class KeyService:
         """
         with self.audit.recorded("key used", vm=vm_id, kmi=kmi, image=image_uuid.hex()):
             record = self._vault.read_known(kmi)
+            if names.is_network(record.vm_id):
+                raise KeyRefused(kmi, "is the key of a network, which opens no image")
             if record.vm_id != vm_id:
                 raise KeyRefused(kmi, f"is the key of VM {record.vm_id!r}, not of {vm_id!r}")
             return self._opening.asked(vm_id, lambda: self._opening.open(record, pin))
@@ -388,7 +388,7 @@ class KeyService:
             KeyRefused: this host holds another key for this VM.
             TpmUnavailable: no TPM answers.
         """
-        wire.check_identifier(vm_id, "VM id")
+        names.check_vm(vm_id)
         wire.check_identifier(kmi, "KMI")
         with self.audit.recorded("key recovered", vm=vm_id, kmi=kmi):
             return self._recovering.recover(vm_id, kmi, recovery_slots, recovery_key)
@@ -404,7 +404,9 @@ class KeyService:
             with (
                 changing_key(self, vm_id),
                 contextlib.closing(
-                    Rotation(self._host, self._vault, self._opening, vm_id)
+                    Rotation(
+                        self._host, self._vault, self._opening, self.networks.permissions, vm_id
+                    )
                 ) as rotation,
             ):
                 yield rotation

@@ -149,17 +149,20 @@ class VmKey:
     @contextmanager
     def record_mac_key(self) -> Iterator[bytearray]:
         """Lend the subkey that authenticates this key's record."""
-        self._check_alive()
-        info = labels.RECORD_MAC_INFO + binding(self.vm_id, self.kmi)
-        with derived(self._key, info=info) as subkey:
+        with self.subkey(labels.RECORD_MAC_INFO) as subkey:
             yield subkey
 
     @contextmanager
     def package_mac_key(self) -> Iterator[bytearray]:
         """Lend the subkey that authenticates a package with this key."""
+        with self.subkey(labels.PACKAGE_MAC_INFO) as subkey:
+            yield subkey
+
+    @contextmanager
+    def subkey(self, label: bytes) -> Iterator[bytearray]:
+        """Lend the subkey of a label, bound to this key's VM id and KMI; 32 bytes."""
         self._check_alive()
-        info = labels.PACKAGE_MAC_INFO + binding(self.vm_id, self.kmi)
-        with derived(self._key, info=info) as subkey:
+        with derived(self._key, info=label + binding(self.vm_id, self.kmi)) as subkey:
             yield subkey
 
     @contextmanager

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from sealfs.control import error_document, error_from
 from sealfs.errors import SealfsError, StorageFailed, UsageError
-from sealfs.mount.control import error_document, error_from
 
 _REPORT_MAX = 1 << 16
 SYSLOG = "/dev/log"

@@ -8,10 +8,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from sealfs.control import Document, Verb
 from sealfs.errors import UsageError
 from sealfs.keys.pin import pin_of
 from sealfs.keys.vmkey import wipe
-from sealfs.mount.control import Document, Verb
 from sealfs.mount.driver import Disks
 from sealfs.mount.opener import Opener
 

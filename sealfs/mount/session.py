@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, Any
 import pyfuse3
 import trio
 
+from sealfs.control import ControlServer, Document, connection, receive, run_directory
 from sealfs.errors import NotFound, SealfsError, StorageFailed, UsageError
 from sealfs.image.cache import BlockCache
 from sealfs.keys.hardening import harden
-from sealfs.mount import control, daemon, kernel
-from sealfs.mount.control import ControlServer, Document, RunningMount, run_directory
+from sealfs.mount import daemon, kernel
+from sealfs.mount.control import RunningMount, mount_of_device
 from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
 from sealfs.mount.handles import Handles
@@ -278,7 +279,7 @@ def mount_directory(
     def serve(ready: Callable[[], None]) -> int:
         from sealfs.mount.opener import Opener
 
-        where = run_dir or control.run_directory()
+        where = run_dir or run_directory()
         daemon.set_up_log(
             foreground=foreground, file=log_file, fallback=where / "mount.log", verbose=verbose
         )
@@ -378,7 +379,7 @@ def unmount(mountpoint: Path, *, run_dir: Path | None = None) -> None:
     there = kernel.mounted_at(str(mountpoint))
     found = None
     if there is not None and there.fstype == kernel.FSTYPE:
-        found = control.mount_of_device(there.minor, run_dir)
+        found = mount_of_device(there.minor, run_dir)
     if found is None:
         # Nobody serves it: a dead mount, or none.
         kernel.unmount(mountpoint)
@@ -388,12 +389,12 @@ def unmount(mountpoint: Path, *, run_dir: Path | None = None) -> None:
 
 def _unmount_running(found: RunningMount, mountpoint: Path) -> None:
     pid = int(found.status["pid"])
-    with control.connection(found.socket_path) as stream:
+    with connection(found.socket_path) as stream:
         stream.sendall(b'{"verb": "wait"}\n')
         watcher = _open_pidfd(pid)
         try:
             kernel.unmount(mountpoint)
-            answer: dict[str, Any] = control.receive(stream, found.socket_path)
+            answer: dict[str, Any] = receive(stream, found.socket_path)
             if watcher is not None:
                 select.select([watcher], [], [], EXIT_WAIT)
         finally:

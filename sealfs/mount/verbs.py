@@ -9,10 +9,10 @@ import base64
 import os
 from pathlib import Path
 
+from sealfs.control import Document, Verb
 from sealfs.errors import NotFound, UsageError
 from sealfs.image.layout import SIZE_MAX
 from sealfs.mount import names
-from sealfs.mount.control import Document, Verb
 from sealfs.mount.driver import Disks
 from sealfs.mount.namespace import Namespace
 
