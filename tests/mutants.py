@@ -3,7 +3,8 @@
 Each breaks one rule by a small edit of one source file, and names the tests that are to catch it,
 the cheapest first. The text it replaces must be there exactly once: a mutant that no longer fits
 the source is an error and not a survivor. `mutants_run.py` runs them, `tools/mutants` is the
-command; the list follows FORMAT.md: 8.2, 8.3, 8.1 and 8.4, 9, 3 to 7, rewrites of 5, the ledger.
+command; the list follows FORMAT.md: 8.2, 8.3, 8.1 and 8.4, 9, 3 to 7, rewrites of 5, the ledger;
+then the network links.
 """
 
 from __future__ import annotations
@@ -966,8 +967,168 @@ REWRITE = (
     ),
 )  # fmt: skip
 
+NET_CIPHER, NET_WINDOW, NET_NOISE = "net/cipher.py", "net/window.py", "net/noise.py"
+NET_ASSOCIATION, NET_ATTACHMENT = "net/association.py", "net/attachment.py"
+NET_HANDSHAKE, NET_OUTBOX = "net/handshake.py", "net/outbox.py"
+FRAMES, PARTS = "tests/test_net_frames.py", "tests/test_net_parts.py"
+NOISE, KEY_AGREEMENT = "tests/test_net_noise.py", "tests/test_net_association.py"
+MIDDLE = "tests/test_net_attachment.py"
+
+NETS = (
+    Mutant(
+        "a packet number is used again when sealing fails", "802.1AE 10.5.2", NET_CIPHER,
+        (
+            ("        self.next_number = number + 1\n", ""),
+            ("        return size + _AROUND\n",
+             "        self.next_number = number + 1\n        return size + _AROUND\n"),
+        ),
+        (FRAMES,),
+    ),
+    Mutant(
+        "a forked process sends", "net/cipher.py", NET_CIPHER,
+        (("    for key in list(_sending):\n        key.wipe()\n", "    return\n"),),
+        (FRAMES,),
+    ),
+    Mutant(
+        "the security tag is not authenticated", "802.1AE 10.5.3", NET_CIPHER,
+        (("plain, out[at:data], out[data", "plain, out[at : at + 12], out[data"),),
+        (FRAMES,),
+    ),
+    Mutant(
+        "a forged frame moves the window", "RFC 6479", NET_CIPHER,
+        (
+            ("        window.mark(number)\n        return size\n", "        return size\n"),
+            ("        data = at + HEADER_SIZE\n        try:\n",
+             "        window.mark(number)\n        data = at + HEADER_SIZE\n        try:\n"),
+        ),
+        (FRAMES,),
+    ),
+    Mutant(
+        "a repeated frame is delivered again", "RFC 6479", NET_CIPHER,
+        (("            if refusal is not None:\n                return refusal\n", ""),),
+        (FRAMES, MIDDLE),
+    ),
+    Mutant(
+        "the window's ring is not cleared", "RFC 6479", NET_WINDOW,
+        (("                    words[word & 63] = 0\n", "                    pass\n"),),
+        (FRAMES,),
+    ),
+    Mutant(
+        "the window is one too wide", "RFC 6479", NET_WINDOW,
+        (("number - WINDOW + 1", "number - WINDOW"),), (FRAMES,),
+    ),
+    Mutant(
+        "packet numbers end at 32 bits", "802.1AE 10.6.2", NET_WINDOW,
+        (("            number += 1 << 32\n", "            pass\n"),), (FRAMES, KEY_AGREEMENT),
+    ),
+    Mutant(
+        "the pre-shared key is not hashed", "Noise 9.2", NET_NOISE,
+        (("        self.mix_hash(temporary)\n", ""),), (NOISE,),
+    ),
+    Mutant(
+        "a public key of low order is taken", "RFC 7748 6.1", NET_NOISE,
+        (("low order: the shared secret would be zero (RFC 7748 6.1)\n"
+          "        raise NotAuthentic from None\n",
+          "low order: the shared secret would be zero (RFC 7748 6.1)\n"
+          "        return bytes(32)\n"),),
+        (NOISE,),
+    ),
+    Mutant(
+        "a wrong answer spoils the offer", "Noise 5.3", NET_NOISE,
+        (("        symmetric = self._symmetric.copy()\n        public = message[:KEY_SIZE]\n"
+          "        symmetric.mix_public(public)\n        symmetric.mix_key",
+          "        symmetric = self._symmetric\n        public = message[:KEY_SIZE]\n"
+          "        symmetric.mix_public(public)\n        symmetric.mix_key"),),
+        (NOISE,),
+    ),
+    Mutant(
+        "who has not the network key costs a handshake", "net/handshake.py", NET_HANDSHAKE,
+        (("    if not hmac.compare_digest(secrets.mac(message), mac):\n", "    if False:\n"),),
+        (KEY_AGREEMENT,),
+    ),
+    Mutant(
+        "words are sealed under the keys for frames", "net/association.py", NET_ASSOCIATION,
+        (("sender(WORD_INFO), receiver(WORD_INFO),",
+          "sender(ASSOCIATION_INFO), receiver(ASSOCIATION_INFO),"),),
+        (KEY_AGREEMENT,),
+    ),
+    Mutant(
+        "the answering end uses keys that nobody confirmed", "net/association.py", NET_ASSOCIATION,
+        (("        self.counts.answered += 1\n",
+          "        self.counts.answered += 1\n        self.opened(self._pending, now)\n"),),
+        (KEY_AGREEMENT,),
+    ),
+    Mutant(
+        "a repeated first message is answered", "net/association.py", NET_ASSOCIATION,
+        (("        if self._table.is_repeated(first.ephemeral):\n", "        if False:\n"),),
+        (KEY_AGREEMENT,),
+    ),
+    Mutant(
+        "first messages are not limited", "net/association.py", NET_ASSOCIATION,
+        (("        if not self._take_token(now):\n", "        if False:\n"),), (KEY_AGREEMENT,),
+    ),
+    Mutant(
+        "two ends that begin at once both insist", "net/association.py", NET_ASSOCIATION,
+        (("        if is_under_way and self._sci < first.sci:\n", "        if is_under_way:\n"),),
+        (KEY_AGREEMENT,),
+    ),
+    Mutant(
+        "the old key opens for ever", "net/association.py", NET_ASSOCIATION,
+        (("        if self._previous is not None and now >= self._previous_until:\n",
+          "        if self._previous is None:\n"),),
+        (KEY_AGREEMENT,),
+    ),
+    Mutant(
+        "keys are not replaced", "net/association.py", NET_ASSOCIATION,
+        (("            age >= timing.rekey_age + (0 if", "            age >= 1e9 + (0 if"),),
+        (KEY_AGREEMENT,),
+    ),
+    Mutant(
+        "keys are kept for ever where no others can be had", "net/association.py", NET_ASSOCIATION,
+        (("        if self.current is not None and now - self.current.made_at >= age_max:\n",
+          "        if self.current is not None and age_max < 0:\n"),),
+        (KEY_AGREEMENT,),
+    ),
+    Mutant(
+        "an association number in use is given again", "net/association.py", NET_ASSOCIATION,
+        (("in (in_use | own | late, in_use | own, own):", "in (set[int](),):"),),
+        (KEY_AGREEMENT,),
+    ),
+    Mutant(
+        "a peer takes the number of another with its SCI", "net/association.py", NET_ASSOCIATION,
+        (("        own = others | (", "        own = ("),), (KEY_AGREEMENT,),
+    ),
+    Mutant(
+        "a plain frame is delivered", "8-NET", NET_ATTACHMENT,
+        (("            drops[Drop.PLAIN] += 1\n            return\n",
+          "            self.port.write((memoryview(frame),))\n            return\n"),),
+        (MIDDLE,),
+    ),
+    Mutant(
+        "a VM that is no longer allowed goes on", "8-NET", NET_ATTACHMENT,
+        (("                await self._watch_permission()\n"
+          "                nursery.cancel_scope.cancel()\n",
+          "                await self._watch_permission()\n"),),
+        (MIDDLE,),
+    ),
+    Mutant(
+        "what nobody could ask about is sealed all the same", "8-NET", NET_ATTACHMENT,
+        (("                if self._is_suspended:\n"
+          "                    drops[Drop.NOT_ALLOWED] += 1\n                    continue\n", ""),),
+        (MIDDLE,),
+    ),
+    Mutant(
+        "every frame goes to every peer", "8-NET", NET_ATTACHMENT,
+        (("return self._all if found is None else (found,)", "return self._all"),), (MIDDLE,),
+    ),
+    Mutant(
+        "more segments at once than the kernel takes", "linux/udp.h", NET_OUTBOX,
+        ((" and self._count < SEGMENT_COUNT_MAX", ""),), (PARTS,),
+    ),
+)  # fmt: skip
+
 NAMED: tuple[Mutant, ...] = (
-    *COMMIT, *CHECKPOINT, *WRITING, *RECOVER, *STRUCTURES, *REWRITE, *LEDGERS,
+    *COMMIT, *CHECKPOINT, *WRITING, *RECOVER, *STRUCTURES, *REWRITE, *LEDGERS, *NETS,
 )  # fmt: skip
 
 _TRUE = "equivalent: `present` is only asked for being zero or not"

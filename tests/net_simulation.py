@@ -58,8 +58,9 @@ class End:
         nonces: Nonces,
         secrets: Secrets | None = None,
         timing: Timing | None = None,
+        table: Table | None = None,
     ) -> None:
-        self.number, self.rng, self.nonces = number, rng, nonces
+        self.number, self.rng, self.nonces, self.shared = number, rng, nonces, table
         self.secrets, self.timing = secrets or secrets_of(), timing
         self.delivered: list[bytes] = []
         self.drops: list[Drop] = []
@@ -69,7 +70,7 @@ class End:
     def revive(self) -> None:
         """Begin a new life, with nothing of the old one."""
         self.lives += 1
-        self.table: Table = {}
+        self.table = self.shared if self.shared is not None else Table()
         self.association = Association(
             secrets=self.secrets,
             sci=sci_of(self.number),

@@ -11,9 +11,15 @@ from hypothesis import strategies as st
 from net_simulation import End, Nonces, Wire, linked, sci_of, secrets_of
 
 from sealfs.net import association as rules
-from sealfs.net.association import FIRSTS_BURST, FIRSTS_PER_SECOND, PREVIOUS_LIFE, Timing
+from sealfs.net.association import (
+    FIRSTS_BURST,
+    FIRSTS_PER_SECOND,
+    PREVIOUS_LIFE,
+    Table,
+    Timing,
+)
 from sealfs.net.frame import SECTAG, Drop
-from sealfs.net.handshake import FIRST, Offer
+from sealfs.net.handshake import FIRST, Answer, Offer, parse_first
 from sealfs.net.labels import HANDSHAKE
 
 
@@ -345,6 +351,62 @@ def test_a_quiet_link_says_that_it_lives_and_a_busy_one_need_not() -> None:
         wire.both_talk()
         wire.run(1)
     assert len(wire.history) == 200
+
+
+def three() -> tuple[Wire, Wire]:
+    """A host with two peers, B and C: a wire to each, one table."""
+    rng, nonces, table = random.Random(7), Nonces(), Table()
+    wires = []
+    for number in (2, 3):
+        ours = End(1, rng=rng, nonces=nonces, table=table, timing=Timing(rekey_age=60))
+        theirs = End(number, rng=rng, nonces=nonces, timing=Timing(rekey_age=60))
+        wires.append(Wire((ours, theirs), rng))
+        wires[-1].run(300)
+    assert len({id(end.association.current) for wire in wires for end in wire.ends}) == 4
+    return wires[0], wires[1]
+
+
+def test_first_messages_replayed_from_the_address_of_another_peer_harm_neither() -> None:
+    to_b, to_c = three()
+    firsts = [frame for to, frame in to_b.history if to == 0 and is_first(frame)]
+    before = keys_of(to_b) + keys_of(to_c)
+    for frame in firsts:
+        assert to_c.ends[0].receive(frame, to_c.now) == []
+    # One that is not remembered: recorded before this host began anew.
+    fresh = Offer(secrets_of(), sci=sci_of(2), ephemeral=b"e" * 32, in_use=frozenset())
+    assert len(to_c.ends[0].receive(framed(fresh.body), to_c.now)) == 1
+    to_b.both_talk()
+    to_c.both_talk()
+    assert keys_of(to_b) + keys_of(to_c) == before
+    to_b.run(61)  # new keys with B, which is no reason to forget those with C
+    to_b.both_talk()
+    to_c.both_talk()
+    assert to_c.ends[0].association.peer_sci == sci_of(3)
+
+
+def test_a_vm_that_moved_to_another_host_is_taken_from_there() -> None:
+    to_b, to_c = three()
+    moved = End(2, rng=to_c.rng, nonces=to_c.ends[0].nonces)
+    to_c.ends = (to_c.ends[0], moved)
+    to_c.run(60)
+    to_c.both_talk()
+    assert to_c.ends[0].association.peer_sci == to_b.ends[0].association.peer_sci == sci_of(2)
+
+
+def test_an_answer_that_claims_the_sci_of_another_peer_is_refused() -> None:
+    """By a host of the same network that lies, and only where it would take a number in use."""
+    to_b, to_c = three()
+    number = to_b.ends[0].association.current
+    assert number is not None
+    to_c.ends[0].association.forget()
+    (first,) = to_c.ends[0].association._begin(to_c.now)
+    answer = Answer(secrets_of(), parse_first(secrets_of(), first[14:]))
+    body, _ = answer.agree(
+        sci=sci_of(2), association_number=number.association_number, ephemeral=b"e" * 32
+    )
+    assert to_c.ends[0].receive(framed(body), to_c.now) == []
+    assert "in use by another peer" in to_c.ends[0].association.counts.last_refusal
+    to_b.both_talk()
 
 
 def test_forget_leaves_no_key() -> None:

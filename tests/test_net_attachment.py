@@ -132,7 +132,8 @@ class Middle:
             end = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             end.bind(("127.0.0.1", 0))
             end.setblocking(False)
-            end.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
+            with suppress(PermissionError):
+                end.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
             self.sockets.append(end)
         self.addresses = [Address("127.0.0.1", end.getsockname()[1]) for end in self.sockets]
         self.hosts: list[Host] = []

@@ -19,6 +19,7 @@ from net_support import LiveHost, allow, has_namespaces, link_taps, run, two_hos
 
 from sealfs.control import call
 from sealfs.errors import Busy, KeyRefused, NotFound, StorageFailed, UsageError
+from sealfs.net import kernel
 from sealfs.net.labels import HANDSHAKE, MACSEC
 
 pytestmark = [
@@ -376,6 +377,38 @@ def test_raw_ethernet_between_the_hosts(hosts: Hosts, tmp_path: Path) -> None:
     before = b.status("raw-2")["peers"][0]["frames_in"]
     assert a.ping("10.0.7.2") == 5
     assert b.status("raw-2")["peers"][0]["frames_in"] <= before + 1
+
+
+def test_the_kernels_macsec_is_used_or_it_is_said_why_not(hosts: Hosts) -> None:
+    a, b = hosts
+    wire(a, b, "lower", ("10.0.9.1/24", "10.0.9.2/24"))
+    addresses = [host.run("cat", "/sys/class/net/lower/address").strip() for host in (a, b)]
+    where = [
+        {
+            "port": {"tap": "ms0"}, "link": {"device": "lower"}, "peers": [addresses[2 - number]],
+            "backend": "kernel",
+        }
+        for number in (1, 2)
+    ]  # fmt: skip
+    for number, host in ((1, a), (2, b)):
+        allow(host, f"kernel-{number}")
+    if not kernel.is_there():
+        with pytest.raises(UsageError, match="this kernel has no MACsec; the userspace backend"):
+            a.attach("kernel-1", **where[0])
+        with pytest.raises(StopIteration):
+            a.status("kernel-1")
+        return
+    for number, host in ((1, a), (2, b)):
+        host.attach(f"kernel-{number}", **where[number - 1])
+        host.run("ip", "address", "add", f"10.1.9.{number}/24", "dev", "ms0")
+    a.wait_up("kernel-1")
+    assert a.ping("10.1.9.2") == 5
+    # The kernel of one end with this process of the other: it is a standard frame.
+    b.detach("kernel-2")
+    b.attach("kernel-2", **{**where[1], "backend": "userspace"})
+    b.run("ip", "address", "add", "10.1.9.2/24", "dev", "ms0")
+    a.run("ip", "neighbour", "flush", "dev", "ms0")
+    wait_for(lambda: a.ping("10.1.9.2", count=2) == 2, "the kernel and userspace to meet")
 
 
 def test_jumbo_frames(tmp_path: Path) -> None:

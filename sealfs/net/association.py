@@ -58,8 +58,31 @@ FIRSTS_BURST: Final = 10.0
 FIRSTS_REMEMBERED: Final = 4096
 """First messages whose repetition is recognised; at one an hour, half a year of them."""
 
-Table = dict[tuple[int, int], "Session"]
-"""Who sends under which SCI and TCI; see `Session.place`."""
+
+class Table(dict[tuple[int, int], "Session"]):
+    """Who sends under which SCI and TCI (see `Session.place`), for all peers of an attachment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+
+    def is_repeated(self, ephemeral: bytes) -> bool:
+        """Whether a first message was seen before, from whatever address; it has been now."""
+        if ephemeral in self._seen:
+            return True
+        self._seen[ephemeral] = None
+        if len(self._seen) > FIRSTS_REMEMBERED:
+            self._seen.popitem(last=False)
+        return False
+
+    def numbers_of(self, sci: bytes, besides: Association) -> set[int]:
+        """Return the association numbers under which another peer has this SCI."""
+        wanted = int.from_bytes(sci, "big")
+        return {
+            session.association_number
+            for (place, _), session in self.items()
+            if place == wanted and session.association is not besides
+        }
 
 
 @dataclass(slots=True, repr=False, eq=False)
@@ -169,7 +192,6 @@ class Association:
         self._attempts = 0
         self._attempt_at = 0.0
         self._tokens, self._tokens_at = FIRSTS_BURST, 0.0
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
         self.heard = False
         """Set by who opens a frame of this peer."""
         self.sent = False
@@ -232,6 +254,7 @@ class Association:
         self._previous = self._forgotten(self._previous)
         self._previous, self._previous_until = self.current, now + PREVIOUS_LIFE
         self.current = session
+        self.peer_sci = session.place[0].to_bytes(len(self._sci), "big")
         if self._keeper is not None and session.kept is not None:
             self._keeper.confirmed(session.association_number, session.kept)
             session.kept = None
@@ -285,26 +308,23 @@ class Association:
         first = handshake.parse_first(self._secrets, body)
         if first.sci == self._sci:
             raise Refused("the peer has this device's own SCI: attached twice, or a reflection")
+        if self._table.is_repeated(first.ephemeral):
+            self.counts.repeated += 1
+            return []
         is_under_way = self._offered is not None or (
             self._offer is not None and now < self._offer_until
         )
         if is_under_way and self._sci < first.sci:
             return []  # both began: this end's first message counts
-        if first.ephemeral in self._seen:
-            self.counts.repeated += 1
-            return []
         if not self._take_token(now):
             self.counts.limited += 1
             return []
         answer = handshake.Answer(self._secrets, first)
-        self._seen[first.ephemeral] = None
-        if len(self._seen) > FIRSTS_REMEMBERED:
-            self._seen.popitem(last=False)
         if self._pending is not None and now - self._pending.made_at < PENDING_HOLD:
             self.counts.limited += 1
             return []
         self._pending = self._forgotten(self._pending)
-        number = self._free_number(answer.in_use)
+        number = self._free_number(answer.in_use, first.sci)
         message, agreement = answer.agree(
             sci=self._sci, association_number=number, ephemeral=self._random(32)
         )
@@ -318,6 +338,9 @@ class Association:
         agreement = self._offer.finish(body)
         if self.current and agreement.association_number == self.current.association_number:
             raise Refused("it agrees to an association number that is in use")
+        others = self._table.numbers_of(agreement.peer_sci, besides=self)
+        if agreement.association_number in others:
+            raise Refused("its SCI is in use by another peer")
         self._offer = None
         self._offered = self._forgotten(self._offered)
         self._offered = self._session(agreement, now)
@@ -333,20 +356,26 @@ class Association:
         self._tokens -= 1
         return True
 
-    def _free_number(self, in_use: frozenset[int]) -> int:
+    def _free_number(self, in_use: frozenset[int], sci: bytes) -> int:
         """Return an association number that neither end uses for frames of now.
 
-        The other end names at most two, and this end has one more: one of four is free.
+        The other end names at most two, and this end has one more: one of four is free, unless
+        another peer has the same SCI. That one's keys are left alone: this message may be old,
+        or the VM's host another one now, which will be known when it has proven to have the keys.
+
+        Raises:
+            Refused: none is free.
         """
+        others = self._table.numbers_of(sci, besides=self)
         begin = self.current.association_number + 1 if self.current else 0
         order = [(begin + step) % ASSOCIATION_COUNT for step in range(ASSOCIATION_COUNT)]
-        own = {self.current.association_number} if self.current else set()
+        own = others | ({self.current.association_number} if self.current else set())
         late = {s.association_number for s in (self._previous, self._offered) if s}
         for taken in (in_use | own | late, in_use | own, own):
             free = [number for number in order if number not in taken]
             if free:
                 return free[0]
-        raise AssertionError("one number is in use, and four there are")
+        raise Refused("its SCI is in use by other peers")
 
     # Sessions
 
@@ -371,7 +400,6 @@ class Association:
             session: Session | None = getattr(self, name)
             if session is not None and session.place == place:
                 setattr(self, name, self._forgotten(session))
-        self.peer_sci = peer_sci
         session = Session(
             self, place, number, agreement.is_initiator, now,
             sender(ASSOCIATION_INFO), receiver(ASSOCIATION_INFO),

@@ -119,7 +119,7 @@ class Attachment:
         self._clock, self._kernel = clock, kernel
         self._frame_size_max = frame_size_max(link)
         self.mtu = guest_mtu(link.mtu, link.encapsulation)
-        self._table: Table = {}
+        self._table = Table()
         secrets = Secrets.of(grant)
         grant.wipe()
         self._peers = {
@@ -219,7 +219,8 @@ class Attachment:
                 for peer in self._all:
                     if peer.outbox.runs:
                         await self._send_runs(peer)
-                await trio.lowlevel.checkpoint()
+                if is_more:
+                    await trio.lowlevel.checkpoint()
 
     def _seal_batch(self) -> bool:
         """Seal frames into the outboxes; False when the port has no more."""
@@ -310,7 +311,8 @@ class Attachment:
                     frames = self._open_run(size, segment, sender)
                     if frames:
                         await self._deliver(frames)
-                await trio.lowlevel.checkpoint()
+                if is_more:
+                    await trio.lowlevel.checkpoint()
 
     def _open_run(
         self, size: int, segment: int, sender: Address
