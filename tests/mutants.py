@@ -400,8 +400,7 @@ WRITING = (
     ),
     Mutant(
         "no row of the epoch table is kept for a recovery", "4.2; 8.4", IMAGE_FILE,
-        (("check_room(1 + self._volume.cipher.is_nearly_spent)",
-          "check_room(0 + self._volume.cipher.is_nearly_spent)"),),
+        (("ROWS_KEPT = ROWS_FOR_RECOVERY + 2\n", "ROWS_KEPT = 0\n"),),
         (FULL_TABLE,),
     ),
     Mutant(
@@ -476,7 +475,8 @@ RECOVER = (
     ),
     Mutant(
         "node pages are not verified", "6.2; 9 step 4", TREE_FILE,
-        (("        return same_mac(mac, ref.mac)\n", "        return True\n"),),
+        (("        return any(same_mac(self._mac_of(ref, node, macs), ref.mac) for macs in",
+          "        return any(bool(self._mac_of(ref, node, macs)) for macs in"),),
         (TREE,),
     ),
     Mutant(
@@ -881,7 +881,8 @@ STRUCTURES = (
     ),
     Mutant(
         "the identity is not verified", "5", RECOVERY,
-        (("        if same_mac(mac_of(keys.identity, message), mac) and ", "        if "),),
+        (("        if same_mac(mac_of(key, identity_header(content) + content), mac):\n",
+          "        if key:\n"),),
         (GAPS,),
     ),
     Mutant(
@@ -989,9 +990,10 @@ ACCEPTED: dict[str, str] = {
     " => pass": _ROOM,
     "tree.py Node.__init__: 0 => 1": "equivalent: the position of a node without a slot is not"
     " looked at, and set together with the slot",
-    "tree.py Tree.verify_leaf: len(page) == BLOCK_SIZE and same_mac(self._macs.leaf(group, page),"
-    " mac) => same_mac(self._macs.leaf(group, page), mac)": "equivalent: the MAC is that of 4096"
-    " bytes, so a shorter page never has it",
+    "tree.py Tree.verify_leaf: len(page) == BLOCK_SIZE and any((same_mac(macs.leaf(group, page),"
+    " mac) for macs in self._macs.accepted)) => any((same_mac(macs.leaf(group, page), mac) for macs"
+    " in self._macs.accepted))": "equivalent: the MAC is that of 4096 bytes, so a shorter page"
+    " never has it",
     "tree.py Tree.put_group: 1 => 2": _TRUE,
     "tree.py Tree._refresh_node: 1 => 2 #4": _TRUE,
     "tree.py Tree.put_group: 1 => 0 #2": "equivalent: both places of a slot that nothing durable"

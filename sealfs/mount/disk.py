@@ -248,8 +248,7 @@ class Disk:
                 wrapped_keys=known.wrapped_keys if wrapped is None else wrapped,
                 recovery_slots=slots,
             )
-            steps = self.opened.rewrite_identity_steps(wanted, self._image_key)
-            await self._workers.drive(steps)
+            await self._workers.drive(self.opened.rewrite_identity_steps(wanted))
         return True
 
     async def seek(self, offset: int, whence: int) -> int | None:
