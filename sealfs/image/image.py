@@ -200,6 +200,7 @@ class SealedImage:
             "journal_used_pages": volume.journal.used_pages,
             "epochs": len(volume.table.rows),
             "epochs_max": volume.table.rows_max,
+            "rekey": self.rekey_progress,
             "slots": volume.allocator.slot_count,
             "slots_used": volume.allocator.busy_count,
             "slot_size": volume.geometry.slot_size,
@@ -608,6 +609,13 @@ class SealedImage:
         return done * self.group_size, total * self.group_size
 
     @property
+    def rekey_progress(self) -> dict[str, int] | None:
+        """The same for people and programs, None where no rekey is under way."""
+        if not self.is_rekeying:
+            return None
+        return dict(zip(("done", "total"), self.rekey_sizes, strict=True))
+
+    @property
     def wants_retirement(self) -> bool:
         """Whether the epoch table runs low; `retire_part_steps` makes room in it."""
         return not self.read_only and not self.is_rekeying and self._sweep.wants_retirement
@@ -669,7 +677,7 @@ class SealedImage:
         old = volume.superblock.rekey.old_generation
         yield from self._guarded(volume.checkpoint_steps(phase=RekeyPhase.NONE))
         volume.forget_generation(old)
-        return Swept(0, 0, is_done=True)
+        return Swept(0, 0, is_done=True, what="nothing is under the old image key any more")
 
     def retire_part_steps(self, blocks_max: int = PART_BLOCKS_MAX) -> Steps[Swept]:
         """Go on to make room in the epoch table; exclusive. See `Sweep.retire_part_steps`.

@@ -37,6 +37,8 @@ PART_BLOCKS_MAX = RECORD_BLOCKS_MAX // 2
 FINDINGS_MAX = 1000
 """Findings that are kept; there may be as many as blocks."""
 
+RETIRED = "there is room in its epoch table"
+
 FREE_SHARE = 2
 """A retirement frees one row in that many: half of the table."""
 
@@ -53,6 +55,8 @@ class Swept:
     """The whole walk has come to its end."""
     needs_room: bool = False
     """Nothing could be done: the dirty cache is full."""
+    what: str = ""
+    """What has come to its end, for the log."""
 
 
 @dataclass(slots=True)
@@ -217,7 +221,9 @@ class Sweep:
             if not self.findings:
                 yield from self._drop_rows_steps(self._targets)
             self._begin_again()
-        return Swept(size, look.passed * self._group_blocks * BLOCK_SIZE, is_done=look.is_last)
+        return Swept(
+            size, look.passed * self._group_blocks * BLOCK_SIZE, look.is_last, what=RETIRED
+        )
 
     def _count_steps(self) -> Steps[Swept]:
         if self._counted is None:
@@ -228,7 +234,7 @@ class Sweep:
         if part is None:
             self.is_futile = True  # what a damaged leaf page names is not known
             self._begin_again()
-            return Swept(0, 0, is_done=True)
+            return Swept(0, 0, is_done=True, what="epochs cannot be retired: it is damaged")
         self._counted.update(part)
         if len(groups) > GROUPS_MAX:
             self._at = groups[GROUPS_MAX]
