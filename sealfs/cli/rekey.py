@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from sealfs.image.sweep import Swept
     from sealfs.mount.control import RunningMount
 
-LIVE_RATE = 10 << 20
-"""Bytes of the disk a second under a mount: a VM hardly notices."""
 POLL_INTERVAL = 0.5
 
 
@@ -146,7 +144,7 @@ def _rekey_live(
         if not settings.json:
             print(f"{printable(str(place.sealed))}: {_text(found)}")
         return found
-    found = ask("retire" if epochs else "begin", rate=rate or LIVE_RATE)
+    found = ask("retire" if epochs else "begin", rate=rate)
     if not detach:
         try:
             found = _follow(place, found, ask, epochs=epochs)

@@ -38,7 +38,8 @@ class _Job:
     """Work on one image."""
 
     disk: Disk
-    rate: int | None
+    rate: int
+    """Bytes of the disk a second."""
     is_held: bool = False
     """Whether it has a handle of its own."""
     is_forced: bool = False
@@ -76,12 +77,12 @@ class Sweeper:
                     self._start(_Job(disk, RATE))
             await trio.sleep(LOOK_INTERVAL)
 
-    async def begin(self, disk: Disk, rate: int | None, *, retire: bool) -> None:
+    async def begin(self, disk: Disk, rate: int, *, retire: bool) -> None:
         """Have an image rekeyed, or go on with that; `retire`: make room in its epoch table.
 
         Args:
             disk: with a handle that this takes over.
-            rate: bytes of the disk a second; None: as fast as the VM lets it.
+            rate: bytes of the disk a second.
             retire: whether epochs are meant, and not the image key.
 
         Raises:
@@ -172,5 +173,7 @@ class Sweeper:
             if swept.needs_room:
                 await trio.sleep(ROOM_WAIT)
                 continue
-            due = 0.0 if job.rate is None else max(swept.size, PART_COST_MIN) / job.rate - took
-            await trio.sleep(max(due, took * IDLE_SHARE if job.rate is not None else 0.0))
+            due = max(swept.size, PART_COST_MIN) / job.rate - took
+            # Who asks for more than the default rate means it.
+            idle = took * IDLE_SHARE if job.rate <= RATE else 0.0
+            await trio.sleep(max(due, idle, 0.0))

@@ -15,7 +15,7 @@ from sealfs.mount import names
 from sealfs.mount.control import Document, Verb
 from sealfs.mount.driver import Disks
 from sealfs.mount.namespace import Namespace
-from sealfs.mount.sweeper import Sweeper
+from sealfs.mount.sweeper import RATE, Sweeper
 
 
 class ImageVerbs:
@@ -116,9 +116,10 @@ class ImageVerbs:
         "pause", or "status". Answered is how far it is; an image that is not open is not.
         """
         sealed, action, rate = self._sealed(request), request.get("action"), request.get("rate")
-        if not (rate is None or (isinstance(rate, int) and rate > 0)):
-            raise UsageError("rekey", "expected a rate in bytes a second")
         if action in ("begin", "retire"):
+            rate = RATE if rate is None else rate
+            if not isinstance(rate, int) or rate <= 0:
+                raise UsageError("rekey", "expected a rate in bytes a second")
             disk = await self._namespace.acquire(sealed)
             await self._sweeper.begin(disk, rate, retire=action == "retire")
             return self._sweeper.status(disk)
