@@ -147,7 +147,7 @@ class Sweep:
         # Only now: the next checkpoint's superblock says that these groups are done.
         volume.cursor = look.next_group
         if look.is_last:
-            self._refuse_damage()
+            yield from self._refuse_damage_steps()
             self._checked = 0
         return Swept(size, look.passed * self._group_blocks * BLOCK_SIZE)
 
@@ -178,7 +178,7 @@ class Sweep:
                 return group
         return None
 
-    def _refuse_damage(self) -> None:
+    def _refuse_damage_steps(self) -> Steps[None]:
         """Raise where something could not be sealed again; the walk begins there once more."""
         damaged = [*self.findings, *lost_findings(self._volume)]
         if not damaged:
@@ -187,6 +187,10 @@ class Sweep:
         count = sum(finding.block_count for finding in damaged)
         self.findings.clear()
         self._volume.cursor = first // self._group_blocks
+        if self._volume.table.is_nearly_full:
+            # Or what is left could not be written anew.
+            yield self._volume.compact_table
+            yield from self._guard(self._volume.checkpoint_steps())
         what = "does not verify" if count == 1 else f"and {count - 1} more do not verify"
         raise BlockDamaged(
             self._volume.path, first,
