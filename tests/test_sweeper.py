@@ -1,4 +1,4 @@
-"""The background of a mount without a mount: what it starts by itself, gives up, and when it waits."""
+"""The background of a mount without a mount: what it starts by itself, and what it gives up."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    while not condition():
+    while not condition():  # noqa: ASYNC110 - what it waits for tells nobody
         await trio.sleep(0.01)
 
 
@@ -136,7 +136,7 @@ def test_a_rekey_makes_room_as_well_and_neither_is_begun_beside_the_other() -> N
 def test_damage_is_reported_once_and_tried_again_when_asked(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    storage, written = full_table(is_killed=False)
+    storage, _ = full_table(is_killed=False)
     image = SealedImage.open(storage, image_key=KEY, cache=BlockCache(0, 64 * PAGE), geometry=TABLE)
     offset = TABLE.block_offset(image._tree.slot_of(1), 1)
     image.abandon()

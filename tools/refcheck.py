@@ -172,7 +172,7 @@ class Checker:
         self.phase = block.rekey_phase
         # Section 11.2: new MACs under the first, live pages under any of them.
         self.tree_keys = {block.key_generation: self.subkey(b"sealfs1 tree", block.key_generation)}
-        if self.phase == 2:
+        if self.phase == 1:
             old = block.old_generation
             self.tree_keys[old] = self.subkey(b"sealfs1 tree", old)
         self.journal_key = self.subkey(b"sealfs1 journal", block.key_generation)
@@ -236,13 +236,13 @@ class Checker:
         shape = self.shape
         if block.version != 1 or block.features != (block.rekey_phase > 0):
             raise Refused(f"version {block.version}, features {block.features:#x}")
-        has_old = block.rekey_phase in (2, 3)
+        has_old = block.rekey_phase > 0
         follows = block.old_generation % 255 + 1 == block.key_generation
         if (
-            block.rekey_phase > 3
+            block.rekey_phase > 2
             or has_old != (block.old_generation > 0)
             or (has_old and not follows)
-            or (block.rekey_cursor > 0 and block.rekey_phase != 2)
+            or (block.rekey_cursor > 0 and block.rekey_phase != 1)
         ):
             raise Refused(f"phase {block.rekey_phase} of a rekey: its fields do not fit")
         names = ("group_blocks", "fanout", "depth", "header_pages", "identity_pages")
@@ -285,7 +285,7 @@ class Checker:
         previous = 0
         for epoch, generation, reserved, salt in ROW.iter_unpack(raws[good[0]]):
             allowed = {block.key_generation}
-            if block.rekey_phase == 2:
+            if block.rekey_phase == 1:
                 allowed.add(block.old_generation)
             if epoch <= previous or any(reserved) or generation not in allowed:
                 raise Refused(f"epoch table: row of epoch {epoch}")
@@ -299,7 +299,7 @@ class Checker:
 
     def identity(self, block: Superblock) -> None:
         now, old = block.key_generation, block.old_generation
-        self.identity_generations = {2: {old}, 3: {old, now}}.get(block.rekey_phase, {now})
+        self.identity_generations = {1: {old}, 2: {old, now}}.get(block.rekey_phase, {now})
         h, i = self.shape.header_pages, self.shape.identity_pages
         found = []
         for name, page in (("A", 1), ("B", h + 1)):
@@ -445,7 +445,7 @@ class Checker:
     def compute_root(self, size: int) -> bytes:
         """Return the root of the tree as it stands in memory, from the changed nodes upwards."""
         touched = self.stale
-        if not self.report.root and self.phase == 2:
+        if not self.report.root and self.phase == 1:
             touched = set()  # what is there has been verified, under either key
         elif not self.report.root:
             touched = {index for level, index in self.macs if level == 1}

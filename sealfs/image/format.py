@@ -124,9 +124,8 @@ class RekeyPhase(IntEnum):
     """How far the replacement of the image key has come (FORMAT.md 11)."""
 
     NONE = 0
-    ANNOUNCED = 1
-    SWEEPING = 2
-    SWEPT = 3
+    SWEEPING = 1
+    SWEPT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +134,7 @@ class Rekey:
 
     phase: RekeyPhase = RekeyPhase.NONE
     old_generation: int = 0
-    """The one that is being replaced, from SWEEPING on."""
+    """The one that is being replaced."""
     cursor: int = 0
     """The first group that may hold something under the old key."""
 
@@ -227,7 +226,7 @@ def _rekey_of(
     phase: int, old_generation: int, cursor: int, features: int, key_generation: int, path: str
 ) -> Rekey:
     """Return the fields of a replacement of the image key, which must fit one another."""
-    has_old = phase in (RekeyPhase.SWEEPING, RekeyPhase.SWEPT)
+    has_old = phase > RekeyPhase.NONE
     if (
         phase > RekeyPhase.SWEPT
         or bool(phase) != bool(features & FEATURE_REKEY)

@@ -667,6 +667,8 @@ class SealedImage:
             if not swept.is_done:
                 return swept
             yield from self._guarded(volume.checkpoint_steps(phase=RekeyPhase.SWEPT))
+        # Both superblocks, or one damaged sector would call for the key that is about to go.
+        yield from self._guarded(volume.checkpoint_steps())
         # Crash here: nothing needs the old key; the identity is written again at the next open.
         generation = volume.superblock.key_generation
         keys = tuple(each for each in self.identity.wrapped_keys if each[0] == generation)

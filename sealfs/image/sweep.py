@@ -112,16 +112,16 @@ class Sweep:
     def switch_steps(self) -> Steps[None]:
         """Take the next image key into use; both copies of the identity have it already.
 
-        Two checkpoints, and no record between them: the first has the feature bit, so that a
-        sealfs that knows no rekey refuses both superblocks as soon as there is a second key.
+        Both superblocks say so before there is a record under it: were one damaged, the other,
+        under the old key, could not even tell that records are missing.
         """
         volume = self._volume
-        yield from volume.checkpoint_steps(phase=RekeyPhase.ANNOUNCED)
-        # Crash here: everything is under the old key; switched again.
         volume.cursor = 0
         self._targets = self._checked = None
         self.findings.clear()
         yield from volume.checkpoint_steps(new_epoch=True, phase=RekeyPhase.SWEEPING)
+        # Crash here: a writer draws an epoch before its first record, in the other superblock.
+        yield from volume.checkpoint_steps()
         # Crash from here on: the superblock says how far it has come; swept on from there.
 
     def rekey_part_steps(self, blocks_max: int) -> Steps[Swept]:
