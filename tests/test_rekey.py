@@ -10,8 +10,15 @@ from crash_support import GEOMETRY, IDENTITY, KEY, PAGE
 from simulation import SimulatedDisk, SimulatedStorage
 from test_refcheck import refcheck
 
-from sealfs.errors import BlockDamaged, Busy, FormatError, IntegrityError, NoSpace
-from sealfs.image import sweep
+from sealfs.errors import (
+    BlockDamaged,
+    Busy,
+    FormatError,
+    IntegrityError,
+    NoSpace,
+    StorageFailed,
+)
+from sealfs.image import cipher, sweep
 from sealfs.image.cache import BlockCache
 from sealfs.image.format import LOST, RekeyPhase
 from sealfs.image.image import SealedImage
@@ -447,12 +454,12 @@ def test_the_old_key_is_wiped_from_memory_at_the_end() -> None:
     image = opened(storage)
     fill(image)
     image.read(0, 20 * PAGE)
-    cipher = image._volume.cipher
-    old = cipher._image_keys[1]
-    epoch_key = cipher._keys[1]
+    keys = image._volume.cipher
+    old = keys._image_keys[1]
+    epoch_key = keys._keys[1]
     image.begin_rekey(WRAPPED, NEW_KEY)
     finish(image)
-    assert cipher.generations == {2}
+    assert keys.generations == {2}
     assert not any(old)
     assert not any(epoch_key)
     image.abandon()
@@ -550,32 +557,27 @@ def test_rows_without_a_block_are_dropped_without_sealing_any() -> None:
     image.abandon()
 
 
-def test_a_row_that_is_taken_into_use_behind_a_walk_is_kept() -> None:
+def test_a_row_that_is_taken_into_use_behind_a_walk_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     storage, written = full_table(is_killed=False)
     image = opened(storage, KEY, geometry=TABLE)
-    set_of_groups = sweep.GROUPS_MAX
-    sweep.GROUPS_MAX = 2
-    try:
-        image.retire_part()  # has counted the first two groups
-        run_write(image)
-        written[0] = 9
-        while not image.retire_part(3).is_done:
-            pass
-    finally:
-        sweep.GROUPS_MAX = set_of_groups
+    monkeypatch.setattr(sweep, "GROUPS_MAX", 2)
+    image.retire_part()  # has counted the first two groups
+    with monkeypatch.context() as patch:
+        patch.setattr(cipher, "EPOCH_BLOCKS_MAX", 1)
+        patch.setattr(image, "_check_writable", lambda: None)  # as if there were room
+        for block in (0, 1):  # each under an epoch of its own
+            image.write(block * PAGE, value(9))
+            written[block] = 9
+            image.flush()
+    while not image.retire_part(3).is_done:
+        pass
     assert is_right(image, written)
     image.close()
     storage.reopen()
     image = opened(storage, KEY, geometry=TABLE)
     assert is_right(image, written)
-
-
-def run_write(image: SealedImage) -> None:
-    """Write as a sweep may: with rows that others are refused."""
-    image._check_writable = lambda rows_kept=1: None  # type: ignore[method-assign,assignment]
-    image.write(0, value(9))
-    image.flush()
-    del image._check_writable
 
 
 @pytest.mark.parametrize("what", ["leaf", "block"])
@@ -602,3 +604,105 @@ def test_a_retirement_that_meets_damage_drops_nothing_that_is_needed(what: str) 
     storage.reopen()
     image = opened(storage, KEY, geometry=TABLE)
     assert is_right(image, written)
+
+
+# -- what no crash state shows: the steps one by one
+
+
+def test_both_copies_have_the_next_key_before_it_is_used() -> None:
+    storage = made()
+    image = opened(storage)
+    fill(image)
+    steps = image.begin_rekey_steps(WRAPPED, NEW_KEY)
+    plan = next(steps)()
+    next_work = steps.send(plan)
+    storage.fail(2, "eio")  # the first copy is written, the second is not
+    with pytest.raises(StorageFailed):
+        next_work()
+    image.abandon()
+    storage.reopen()
+    again = opened(storage)
+    assert again.is_rekeying
+    advance(again, RekeyPhase.SWEEPING)
+    for copy in (0, 1):
+        raw = storage.disk.durable[GEOMETRY.identity_offset(copy) :][:PAGE]
+        assert WRAPPED in raw
+    again.abandon()
+
+
+def test_one_damaged_superblock_after_the_old_key_has_gone_costs_nothing() -> None:
+    storage = made()
+    image = opened(storage)
+    fill(image)
+    image.begin_rekey(WRAPPED, NEW_KEY)
+    advance(image, RekeyPhase.SWEEPING)
+    while image.identity.key_generation == 1:
+        steps = image.rekey_part_steps(4)
+        work = next(steps, None)
+        while work is not None and image.identity.key_generation == 1:
+            try:
+                work = steps.send(work())
+            except StopIteration:
+                work = None
+    assert image._volume.superblock.rekey.phase is RekeyPhase.SWEPT
+    at = GEOMETRY.superblock_offset(image._volume._live_copy)
+    image.abandon()
+    storage.reopen()
+    storage.disk.cached[at + 40] ^= 1
+    storage.disk.durable[at + 40] ^= 1
+    again = opened(storage, {2: NEW_KEY})
+    assert again.read(0, again.size) == content()
+    again.abandon()
+
+
+def test_what_is_left_before_the_cursor_is_found_before_the_old_key_goes() -> None:
+    storage = made()
+    image = opened(storage)
+    fill(image)
+    image.begin_rekey(WRAPPED, NEW_KEY)
+    advance(image, RekeyPhase.SWEEPING)
+    image._volume.cursor = 3
+    finish(image)
+    assert image.read(0, image.size) == content()
+    image.abandon()
+    assert report(storage).under(1) == {}
+
+
+def test_nothing_is_recorded_between_a_new_mac_and_its_superblock() -> None:
+    # Replayed, the tree would lack what no record says.
+    storage = made()
+    image = opened(storage)
+    image.preallocate(0, 12 * PAGE)
+    image.begin_rekey(WRAPPED, NEW_KEY)
+    advance(image, RekeyPhase.SWEEPING)
+    image.rekey_part()
+    image.write(20 * PAGE, value(20))
+    image.flush()
+    image.abandon()
+    storage.reopen()
+    again = opened(storage)
+    assert again.read(20 * PAGE, PAGE) == value(20)
+    again.abandon()
+
+
+@pytest.mark.parametrize("node", [(1, 0), (1, 1), (2, 0)], ids=str)
+def test_a_damaged_node_page_is_rebuilt_from_pages_under_either_key(node: tuple[int, int]) -> None:
+    storage = made()
+    image = opened(storage)
+    fill(image)
+    image.begin_rekey(WRAPPED, NEW_KEY)
+    advance(image, RekeyPhase.SWEEPING)
+    image.rekey_part(8)
+    found = image._tree.nodes[node[0]][node[1]]
+    offset = GEOMETRY.node_offset(found.slot, found.position, 0)
+    image.close()
+    storage.reopen()
+    for at in (offset + 5, offset + PAGE + 5):
+        storage.disk.cached[at] ^= 1
+        storage.disk.durable[at] ^= 1
+    again = opened(storage)
+    assert again.rebuilt_nodes == [f"{node[0]}.{node[1]}"]
+    finish(again)
+    assert again.read(0, again.size) == content()
+    again.abandon()
+    assert report(storage).under(1) == {}
