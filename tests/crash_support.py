@@ -33,7 +33,7 @@ from sealfs.image.cache import BlockCache
 from sealfs.image.format import Anchor, Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import Geometry
-from sealfs.image.recovery import Lineage
+from sealfs.image.recovery import Lineage, read_identity
 
 PAGE = 4096
 GEOMETRY = Geometry(
@@ -44,11 +44,22 @@ BLOCKS = 40
 SMALL_COMMIT_BLOCKS = 3
 """In place of sealfs's own limit, so that commits of four blocks are big ones here."""
 KEY = hashlib.sha256(b"image key").digest()
+KEYS = {1: KEY} | {n: hashlib.sha256(b"image key %d" % n).digest() for n in range(2, 30)}
+"""By key generation; a workload that replaces the image key takes the next one."""
 IDENTITY = Identity(
     uuid=bytes(range(16)), vm_id="vm", kmi="vm", label="", wrapped_keys=((1, b"opaque"),)
 )
 PREFIXES = {"empty": "", "flushed": "bf", "settled": "bfc", "full": "bfcwfsfwf"}
 """Nothing; content in the journal; content in the tree; a journal with little room left."""
+REKEYS = {
+    "begun": "bfcwfk",
+    "switched": "bfcwfkpxf",
+    "half": "bfckppw",
+    "checked": "bfckppppppw",
+    "again": "bfcKwfkpp",
+}
+"""A rekey in progress: two keys in the identity; the new one in use; some groups sealed again; all
+of them; and the second one of an image."""
 
 
 LEDGER_SHARE = 0.15
@@ -65,6 +76,8 @@ def set_limit(name: str, value: int, setter: Callable[[object, str, int], None] 
 
 
 LETTERS = "wsxgfdGScr"
+REKEY_BLOCKS = 5
+"""Blocks that a part of a rekey seals again: a group, and a part of the next one."""
 POINTS_MAX = 10_000
 """No workload has so many points; one that has does not end."""
 
@@ -279,7 +292,7 @@ class Lab:
         try:
             return SealedImage.open(
                 storage,
-                image_key=KEY,
+                image_key=keys_of(storage),
                 cache=BlockCache(
                     clean_max=self.cache_blocks * PAGE, dirty_max=self.cache_blocks * PAGE
                 ),
@@ -317,11 +330,19 @@ class Lab:
 
     def refcheck(self, disk: SimulatedDisk, recipe: Recipe, stage: str) -> tuple[bytes, bytes]:
         """Return (content, root) as the independent reader sees them."""
-        report = refcheck.check(disk.durable, KEY, GEOMETRY)
+        report = refcheck.check(disk.durable, KEYS, GEOMETRY)
         if report.errors:
             raise self.fail(recipe, f"refcheck ({stage}): {'; '.join(report.errors)}")
         blocks = (report.blocks.get(i, bytes(PAGE)) for i in range(-(-report.size // PAGE)))
         return b"".join(blocks)[: report.size], report.root
+
+    def one_key(self, disk: SimulatedDisk, recipe: Recipe) -> None:
+        """Fail unless everything is under one key, which is the only one in both identities."""
+        report = refcheck.check(disk.durable, KEYS, GEOMETRY)
+        if {generation for generation, _ in report.found} != {report.key_generation}:
+            raise self.fail(recipe, f"is under several keys: {dict(report.found)}")
+        if (report.phase, report.found[report.key_generation, "identities"]) != (0, 2):
+            raise self.fail(recipe, f"the rekey has not ended: phase {report.phase}")
 
     # -- crash states
 
@@ -424,6 +445,16 @@ class Lab:
                 raise self.fail(recipe, f"a second open ({stage}) gives other bytes")
             image.abandon()
             self.figures["second opens"] += 1
+
+
+def keys_of(storage: SimulatedStorage) -> dict[int, bytes]:
+    """Return what the key service gives for an image: a key for each wrapped one, no others."""
+    on_read, storage.on_read = storage.on_read, None
+    try:
+        wrapped = read_identity(storage, GEOMETRY).wrapped_keys
+    finally:
+        storage.on_read = on_read
+    return {generation: KEYS[generation] for generation, _ in wrapped}
 
 
 def create(storage: SimulatedStorage) -> None:
@@ -534,10 +565,26 @@ class Session:
                 self.acknowledged()
             case "r":
                 self.reopen()
-            case "i":  # in no list of letters: test_identity.py tries it
-                number = self.image.identity.generation
-                wanted = replace(IDENTITY, wrapped_keys=((1, b"rewrapped %d" % number),))
-                self.image.rewrite_identity(wanted, KEY)
+            # These are in no list of letters: test_identity.py, test_crash_rekey.py try them.
+            case "i":
+                known = self.image.identity
+                wrapped = tuple((g, b"rewrapped %d" % known.generation)
+                                for g, _ in known.wrapped_keys)  # fmt: skip
+                self.image.rewrite_identity(replace(known, wrapped_keys=wrapped))
+            case "k":
+                self.begin_rekey()
+            case "p":
+                if self.image.is_rekeying:
+                    self.image.rekey_part(REKEY_BLOCKS)
+            case "K":
+                self.begin_rekey()
+                while self.image.is_rekeying:
+                    self.image.rekey_part(REKEY_BLOCKS)
+
+    def begin_rekey(self) -> None:
+        if not self.image.is_rekeying:
+            new = self.image.identity.key_generation + 1
+            self.image.begin_rekey(b"wrapped %d" % new, KEYS[new])
 
 
 def life_goes_on(lab: Lab, recipe: Recipe, disk: SimulatedDisk, content: bytes) -> None:
@@ -549,9 +596,15 @@ def life_goes_on(lab: Lab, recipe: Recipe, disk: SimulatedDisk, content: bytes) 
     for letter in letters:
         session.do(letter)
     session.do("f")
+    was_rekeying = session.image.is_rekeying
+    if was_rekeying:
+        session.do("K")
+        lab.figures["rekeys ended after"] += 1
     session.image.abandon()
     crashed = disk.crash(("o",) * len(disk.pending))
     lab.refcheck(crashed, recipe, f"after {letters} after recovery")
+    if was_rekeying:
+        lab.one_key(crashed, recipe)
     image = lab.reopened(lab.storage(crashed), recipe, "later", oracle.memory)
     if lab.content(image, recipe) != oracle.latest():
         raise lab.fail(recipe, f"what was flushed after recovery ({letters}) is lost")

@@ -243,7 +243,7 @@ class FakeOpener:
 
     def open(self, path: Path) -> Any:
         fd = os.open(path, os.O_RDONLY)
-        return FakeImage(path, self._size), path.stem, bytearray(32), fd, None
+        return FakeImage(path, self._size), path.stem, fd, None
 
     def note(self, images: Any) -> None:
         pass

@@ -3,8 +3,8 @@
 Each breaks one rule by a small edit of one source file, and names the tests that are to catch it,
 the cheapest first. The text it replaces must be there exactly once: a mutant that no longer fits
 the source is an error and not a survivor. `mutants_run.py` runs them, `tools/mutants` is the
-command; the list follows FORMAT.md: 8.2, 8.3, 8.1 and 8.4, 9, 3 to 7, rewrites of 5, the ledger;
-then the network links.
+command; the list follows FORMAT.md: 8.2, 8.3, 8.1 and 8.4, 9, 3 to 7, rewrites of 5, rekeys
+(11), the ledger; then the network links.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ CUTS = "tests/test_crash.py::test_every_short_workload_survives_power_cuts"
 KILLS = "tests/test_crash.py::test_every_short_workload_survives_a_kill"
 FAILS = "tests/test_crash.py::test_a_failing_call_is_survived_or_stops_everything"
 CRASH = "tests/test_crash.py"
+REKEY = "tests/test_rekey.py"
+REKEY_CRASH = "tests/test_crash_rekey.py"
 FULL_TABLE = f"{SPACE}::test_a_full_epoch_table_refuses_writes_and_still_opens"
 PREALLOCATED = f"{SPACE}::test_a_slot_that_a_preallocation_is_about_to_give_is_nobody_elses"
 
@@ -84,7 +86,7 @@ VOLUME, RECOVERY, SCAN = "image/volume.py", "image/recovery.py", "image/journal.
 FILE, TREE_FILE, CIPHER_FILE = "image/storage.py", "image/tree.py", "image/cipher.py"
 COMMITTER, SPACE_FILE, IMAGE_FILE = "image/committer.py", "image/space.py", "image/image.py"
 LEDGER_FILE, REBUILD_FILE, READER = "keys/ledger.py", "image/rebuild.py", "image/reader.py"
-IDENTITY_FILE = "image/identity.py"
+IDENTITY_FILE, SWEEP = "image/identity.py", "image/sweep.py"
 
 COMMIT = (
     Mutant(
@@ -401,8 +403,7 @@ WRITING = (
     ),
     Mutant(
         "no row of the epoch table is kept for a recovery", "4.2; 8.4", IMAGE_FILE,
-        (("check_room(1 + self._volume.cipher.is_nearly_spent)",
-          "check_room(0 + self._volume.cipher.is_nearly_spent)"),),
+        (("ROWS_KEPT = ROWS_FOR_RECOVERY + 2\n", "ROWS_KEPT = 0\n"),),
         (FULL_TABLE,),
     ),
     Mutant(
@@ -477,7 +478,8 @@ RECOVER = (
     ),
     Mutant(
         "node pages are not verified", "6.2; 9 step 4", TREE_FILE,
-        (("        return same_mac(mac, ref.mac)\n", "        return True\n"),),
+        (("        return any(same_mac(self._mac_of(ref, node, macs), ref.mac) for macs in",
+          "        return any(bool(self._mac_of(ref, node, macs)) for macs in"),),
         (TREE,),
     ),
     Mutant(
@@ -911,7 +913,8 @@ STRUCTURES = (
     ),
     Mutant(
         "the identity is not verified", "5", RECOVERY,
-        (("        if same_mac(mac_of(keys.identity, message), mac) and ", "        if "),),
+        (("        if same_mac(mac_of(key, identity_header(content) + content), mac):\n",
+          "        if key:\n"),),
         (GAPS,),
     ),
     Mutant(
@@ -919,6 +922,151 @@ STRUCTURES = (
         (("            if part < self._geometry.group_blocks\n            and self._tree.slot_of",
           "            if self._tree.slot_of"),),
         (GAPS,),
+    ),
+)  # fmt: skip
+
+REKEYS = (
+    Mutant(
+        "the next key is used while one identity alone has it", "11.1", IMAGE_FILE,
+        (("            yield from self.rewrite_identity_steps(self.identity)\n"
+          "            yield from self._guarded(self._sweep.switch_steps())\n",
+          "            yield from self._guarded(self._sweep.switch_steps())\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "one superblock alone says that a rekey is under way", "11.1", SWEEP,
+        (("in the other superblock.\n        yield from volume.checkpoint_steps()\n",
+          "in the other superblock.\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "one superblock alone says that all is under the new key", "11.1", IMAGE_FILE,
+        (("that is about to go.\n        yield from self._guarded(volume.checkpoint_steps())\n",
+          "that is about to go.\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "the old key goes before the superblock says that nothing needs it", "11.1", IMAGE_FILE,
+        (("            yield from self._guarded(volume.checkpoint_steps(phase=RekeyPhase.SWEPT))\n",
+          "            yield from self.rewrite_identity_steps(replace(\n"
+          "                self.identity, key_generation=volume.superblock.key_generation,\n"
+          "                wrapped_keys=self.identity.wrapped_keys[-1:]))\n"
+          "            yield from "
+          "self._guarded(volume.checkpoint_steps(phase=RekeyPhase.SWEPT))\n"),),
+        (REKEY_CRASH,),
+    ),
+    Mutant(
+        "the old wrapped key stays in the identity", "11.1", IMAGE_FILE,
+        (("for each in self.identity.wrapped_keys if each[0] == generation)",
+          "for each in self.identity.wrapped_keys)"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "an identity is rewritten by what the page cache shows", "5; 9", IDENTITY_FILE,
+        (("    return storage.read_direct(offset, geometry.identity_pages * BLOCK_SIZE)\n",
+          "    return storage.read(offset, geometry.identity_pages * BLOCK_SIZE)\n"),),
+        (REKEY_CRASH,), is_quick=False,
+    ),
+    Mutant(
+        "records go on under the old key", "11.2", VOLUME,
+        (("        self.superblock, self._live_raw, self._keys = superblock, raw, keys\n",
+          "        self.superblock, self._live_raw = superblock, raw\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "the tree goes on under the old key", "11.2", VOLUME,
+        (("            self._macs.begin(keys.tree)\n", "            pass\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "pages under the old key are not accepted", "11.2", CIPHER_FILE,
+        (("        self.accepted = (self, TreeMacs(self._key, self._uuid))\n"
+          "        self._key = key\n", "        self._key = key\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "a reader accepts no page under the old key", "11.2", RECOVERY,
+        (("    macs = TreeMacs(keys.tree, superblock.uuid, old_key)\n",
+          "    macs = TreeMacs(keys.tree, superblock.uuid)\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "a damaged page under the old key is not rebuilt", "6.4; 11.2", REBUILD_FILE,
+        (("            return [macs.leaf(index, page) for macs in self._macs.accepted]\n",
+          "            return [self._macs.leaf(index, page)]\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "an identity of before the rekey is accepted", "11.3", RECOVERY,
+        (("        if identity.key_generation not in allowed or identity.uuid",
+          "        if not allowed or identity.uuid"),
+         ("    }.get(rekey.phase, {own}) & cipher.generations\n",
+          "    }.get(rekey.phase, {own})\n")),
+        (REKEY,),
+    ),
+    Mutant(
+        "rows of any key generation are accepted", "4.2", RECOVERY,
+        (("        if row.key_generation not in allowed:\n",
+          "        if row.key_generation > 255:\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "the cursor goes on before the blocks are sealed", "11.4", SWEEP,
+        (("        size = yield from self._do_steps(look)\n        # Only now",
+          "        volume.cursor = look.next_group\n"
+          "        size = yield from self._do_steps(look)\n        # Only now"),),
+        (REKEY_CRASH,), is_quick=False,
+    ),
+    Mutant(
+        "nobody looks once more before the old key goes", "11.4", SWEEP,
+        (("        if left is not None:\n", "        if left is not None and left < 0:\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "records come between a new MAC and its superblock", "11.4", SWEEP,
+        (("            self._tree.change_leaf(group)\n"
+          "        yield from self._volume.checkpoint_steps()\n",
+          "            self._tree.change_leaf(group)\n"
+          "        self._tree.refresh(self._volume.size)\n"
+          "        if False:\n            yield lambda: None\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "a block that is sealed again replaces a newer write", "11.4", "image/cache.py",
+        (("        self.committing = dict(zip(blocks, frames, strict=True))\n",
+          "        self.committing = dict(zip(blocks, frames, strict=True))\n"
+          "        for block in blocks:\n            self.dirty.pop(block, None)\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "damage does not keep the old key", "11.4", SWEEP,
+        (("        damaged = [*self.findings, *lost_findings(self._volume)]\n",
+          "        damaged = lost_findings(self._volume)\n"),
+         ("            if not self._tree.is_under_new_key(group, page) or self._members(page):\n",
+          "            if not self._tree.is_under_new_key(group, page):\n")),
+        (REKEY,),
+    ),
+    Mutant(
+        "the old image key stays in memory", "11.1", VOLUME,
+        (("        self.cipher.forget_generation(old, self.table.rows)\n", ""),),
+        (REKEY,),
+    ),
+    Mutant(
+        "a row that was drawn behind the walk is dropped", "11.6", SWEEP,
+        (("for row in self._volume.table.rows if row.epoch < self._newest_epoch]",
+          "for row in self._volume.table.rows[:-1]]"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "rows of damaged blocks are dropped", "11.6", SWEEP,
+        (("            if not self.findings:\n                yield from",
+          "            if True:\n                yield from"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "writes leave no row for a sweep", "4.2", IMAGE_FILE,
+        (("ROWS_KEPT = ROWS_FOR_RECOVERY + 2\n", "ROWS_KEPT = ROWS_FOR_RECOVERY\n"),),
+        (REKEY,),
     ),
 )  # fmt: skip
 
@@ -1141,7 +1289,8 @@ NETS = (
         (MIDDLE,),
     ),
     Mutant(
-        "what nobody could ask about is sealed all the same", "README, network links", NET_ATTACHMENT,
+        "what nobody could ask about is sealed all the same", "README, network links",
+        NET_ATTACHMENT,
         (("                if self._is_suspended:\n"
           "                    drops[Drop.NOT_ALLOWED] += 1\n                    continue\n", ""),),
         (MIDDLE,),
@@ -1157,7 +1306,7 @@ NETS = (
 )  # fmt: skip
 
 NAMED: tuple[Mutant, ...] = (
-    *COMMIT, *CHECKPOINT, *WRITING, *RECOVER, *STRUCTURES, *REWRITE, *LEDGERS, *NETS,
+    *COMMIT, *CHECKPOINT, *WRITING, *RECOVER, *STRUCTURES, *REWRITE, *REKEYS, *LEDGERS, *NETS,
 )  # fmt: skip
 
 _TRUE = "equivalent: `present` is only asked for being zero or not"
@@ -1179,9 +1328,10 @@ ACCEPTED: dict[str, str] = {
     " => pass": _ROOM,
     "tree.py Node.__init__: 0 => 1": "equivalent: the position of a node without a slot is not"
     " looked at, and set together with the slot",
-    "tree.py Tree.verify_leaf: len(page) == BLOCK_SIZE and same_mac(self._macs.leaf(group, page),"
-    " mac) => same_mac(self._macs.leaf(group, page), mac)": "equivalent: the MAC is that of 4096"
-    " bytes, so a shorter page never has it",
+    "tree.py Tree.verify_leaf: len(page) == BLOCK_SIZE and any((same_mac(macs.leaf(group, page),"
+    " mac) for macs in self._macs.accepted)) => any((same_mac(macs.leaf(group, page), mac) for macs"
+    " in self._macs.accepted))": "equivalent: the MAC is that of 4096 bytes, so a shorter page"
+    " never has it",
     "tree.py Tree.put_group: 1 => 2": _TRUE,
     "tree.py Tree._refresh_node: 1 => 2 #4": _TRUE,
     "tree.py Tree.put_group: 1 => 0 #2": "equivalent: both places of a slot that nothing durable"

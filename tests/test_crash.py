@@ -27,6 +27,7 @@ from crash_support import (
     LETTERS,
     PAGE,
     PREFIXES,
+    REKEYS,
     SMALL_COMMIT_BLOCKS,
     CrashFailure,
     Lab,
@@ -82,7 +83,7 @@ def faulty_workloads(first: str) -> Iterator[tuple[str, str]]:
 def start(lab: Lab, recipe: Recipe) -> Session:
     """Open an image and do everything up to the last letter, unwatched."""
     session = Session(lab, recipe, lab.fresh(), Oracle())
-    for letter in PREFIXES[recipe.prefix] + recipe.letters[:-1]:
+    for letter in (PREFIXES | REKEYS)[recipe.prefix] + recipe.letters[:-1]:
         session.do(letter)
     return session
 

@@ -23,11 +23,14 @@ from sealfs.image.format import (
     Anchor,
     EpochRow,
     Identity,
+    Rekey,
+    RekeyPhase,
     Superblock,
     decode_identity,
     decode_table,
     encode_identity,
     encode_table,
+    next_generation,
 )
 from sealfs.image.layout import BLOCK_SIZE, Geometry
 from sealfs.image.record import Record, RecordHeader, head_pages_of
@@ -50,23 +53,50 @@ geometries = st.builds(
     identity_pages=U16,
     journal_pages=U32,
 )
-superblocks = st.builds(
+generations = st.integers(1, 255)
+whole_superblocks = st.builds(
     Superblock,
     uuid=exactly(16), generation=U64, size=U64, geometry=geometries, root_mac=exactly(24),
     root_slot=U32, root_position=U8, root_place=U8, tail_page=U32, tail_sequence=U64,
-    tail_mac=exactly(32), epoch_count=U32, table_digest=exactly(32), key_generation=U8,
+    tail_mac=exactly(32), epoch_count=U32, table_digest=exactly(32), key_generation=generations,
     clean=st.booleans(),
     anchors=st.lists(
         st.builds(Anchor, st.integers(1, (1 << 64) - 1), exactly(16)), max_size=8
     ).map(tuple),
 )  # fmt: skip
-identities = st.builds(
+
+
+@st.composite
+def superblocks_at(draw: st.DrawFn) -> Superblock:
+    superblock = draw(whole_superblocks)
+    phase = draw(st.sampled_from(RekeyPhase))
+    cursor = draw(U64) if phase is RekeyPhase.SWEEPING else 0
+    old = draw(generations) if phase >= RekeyPhase.SWEEPING else 0
+    key_generation = next_generation(old) if old else superblock.key_generation
+    return replace(superblock, key_generation=key_generation, rekey=Rekey(phase, old, cursor))
+
+
+superblocks = superblocks_at()
+
+
+@st.composite
+def identities_at(draw: st.DrawFn) -> Identity:
+    """One or two keys, or none."""
+    identity = draw(whole_identities)
+    keys = draw(st.lists(st.binary(max_size=60), max_size=2))
+    own = identity.key_generation
+    wrapped = tuple(zip((own, next_generation(own)), keys, strict=False))
+    return replace(identity, wrapped_keys=wrapped)
+
+
+whole_identities = st.builds(
     Identity,
     uuid=exactly(16), vm_id=st.text(max_size=40), kmi=st.text(max_size=40),
-    label=st.text(max_size=40), generation=U64, created=U64, suite=st.just(1), key_generation=U8,
-    wrapped_keys=st.lists(st.tuples(U8, st.binary(max_size=60)), max_size=4).map(tuple),
+    label=st.text(max_size=40), generation=U64, created=U64, suite=st.just(1),
+    key_generation=generations,
     recovery_slots=st.lists(st.binary(max_size=60), max_size=4).map(tuple),
 )  # fmt: skip
+identities = identities_at()
 
 
 @st.composite
@@ -182,8 +212,10 @@ IDENTITY = Identity(uuid=bytes(16), vm_id="vm", kmi="kmi", wrapped_keys=((1, b"k
 @pytest.mark.parametrize(
     ("at", "value", "text"),
     [(0, b"X", "is not a sealed image"), (8, b"\2", "format version 2"),
-     (12, b"\1", "unknown feature bits 0x1"), (55, b"\1", "reserved"), (368, b"\1", "reserved"),
-     (479, b"\1", "reserved"), (54, b"\2", "reserved")],
+     (12, b"\2", "unknown feature bits 0x2"), (55, b"\1", "reserved"), (370, b"\1", "reserved"),
+     (479, b"\1", "reserved"), (53, b"\0", "key generation 0"),
+     (12, b"\1", "do not fit"), (368, b"\1", "do not fit"), (369, b"\1", "do not fit"),
+     (376, b"\1", "do not fit"), (368, b"\4", "do not fit"), (54, b"\2", "reserved")],
 )  # fmt: skip
 def test_a_superblock_says_what_it_cannot_be(at: int, value: bytes, text: str) -> None:
     raw = bytearray(padded(SUPERBLOCK))

@@ -31,7 +31,7 @@ IMAGES = HERE / "images" / "v1"
 MAKE_VECTORS = HERE.parent / "tools" / "make-vectors"
 MANIFEST: dict[str, Any] = json.loads((IMAGES / "manifest.json").read_text())
 GEOMETRY = Geometry(**MANIFEST["geometry"])
-KEY = bytes.fromhex(MANIFEST["image_key"])
+KEYS = {int(at): bytes.fromhex(key) for at, key in MANIFEST["image_keys"].items()}
 PAGE = 4096
 
 NAMES = sorted(MANIFEST["images"])
@@ -45,10 +45,15 @@ def raw_of(name: str) -> bytes:
     return gzip.decompress((IMAGES / f"{name}.sealed.gz").read_bytes())
 
 
-def opened(storage: SimulatedStorage, *, read_only: bool) -> SealedImage:
+def keys_of(name: str) -> dict[int, bytes]:
+    """Return the image keys that its reader has."""
+    return {at: KEYS[at] for at, _ in MANIFEST["images"][name]["wrapped_keys"]}
+
+
+def opened(storage: SimulatedStorage, name: str, *, read_only: bool) -> SealedImage:
     return SealedImage.open(
         storage,
-        image_key=KEY,
+        image_key=keys_of(name),
         cache=BlockCache(0, 16 * PAGE),
         random=lambda size: b"r" * size,
         geometry=GEOMETRY,
@@ -97,10 +102,12 @@ def test_the_generator_shares_no_code_with_what_it_tests() -> None:
 def test_a_good_image_is_read_and_recovered(name: str) -> None:
     expected = MANIFEST["images"][name]
     storage = SimulatedStorage(SimulatedDisk.of(raw_of(name)))
-    image = opened(storage, read_only=True)
+    image = opened(storage, name, read_only=True)
     assert image.uuid.hex() == MANIFEST["uuid"]
     assert image.identity.vm_id == MANIFEST["vm_id"]
-    assert image.identity.wrapped_keys == ((1, b"wrapped"),)
+    wrapped = tuple((at, raw.encode()) for at, raw in expected["wrapped_keys"])
+    assert image.identity.wrapped_keys == wrapped
+    assert image.is_rekeying == (name == "rekeying")
     assert image.identity.recovery_slots == (b"one", b"")
     assert (image.size, image.sequence) == (expected["size"], expected["sequence"])
     assert digests(image) == expected_blocks(name)
@@ -108,19 +115,19 @@ def test_a_good_image_is_read_and_recovered(name: str) -> None:
     image.close()
     assert bytes(storage.disk.cached) == raw_of(name)
     storage.reopen()
-    image = opened(storage, read_only=False)
+    image = opened(storage, name, read_only=False)
     assert digests(image) == expected_blocks(name)
     image.write(PAGE, b"x" * PAGE)
     image.close()
     storage.reopen()
-    assert digests(opened(storage, read_only=True)) == expected_blocks(name) | {
+    assert digests(opened(storage, name, read_only=True)) == expected_blocks(name) | {
         "1": hashlib.sha256(b"x" * PAGE).hexdigest()
     }
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_refcheck_reads_a_good_image(name: str) -> None:
-    report = refcheck.check(raw_of(name), KEY, GEOMETRY)
+    report = refcheck.check(raw_of(name), keys_of(name), GEOMETRY)
     assert report.errors == []
     assert report.size == MANIFEST["images"][name]["size"]
     assert report.sequence == MANIFEST["images"][name]["sequence"]
@@ -134,18 +141,18 @@ def test_a_broken_sibling_is_refused(name: str) -> None:
     for read_only in (True, False):
         storage = SimulatedStorage(SimulatedDisk.of(raw_of(name)), path="/images/broken.sealed")
         with pytest.raises(getattr(errors, expected["error"]), match=expected["message"]) as info:
-            opened(storage, read_only=read_only)
+            opened(storage, name, read_only=read_only)
         assert type(info.value).__name__ == expected["error"]
         assert "/images/broken.sealed" in str(info.value)
         assert bytes(storage.disk.cached) == raw_of(name)
-    assert refcheck.check(raw_of(name), KEY, GEOMETRY).errors
+    assert refcheck.check(raw_of(name), keys_of(name), GEOMETRY).errors
 
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_sibling_shows_its_damage_and_the_rest(name: str) -> None:
     expected = MANIFEST["images"][name]
     storage = SimulatedStorage(SimulatedDisk.of(raw_of(name)))
-    image = opened(storage, read_only=False)
+    image = opened(storage, name, read_only=False)
     damaged = set(expected["damaged"])
     for block in range(-(-image.size // PAGE)):
         if block in damaged:
@@ -161,10 +168,28 @@ def test_a_damaged_sibling_shows_its_damage_and_the_rest(name: str) -> None:
         for block in range(finding.first_block, finding.first_block + finding.block_count)
     }
     assert named == damaged
-    assert refcheck.check(raw_of(name), KEY, GEOMETRY).errors
+    assert refcheck.check(raw_of(name), keys_of(name), GEOMETRY).errors
     assert bool(image.rebuilt_nodes) == (name in REBUILT)
     if name in REBUILT:
-        assert refcheck.check(storage.disk.durable, KEY, GEOMETRY).errors == []
+        assert refcheck.check(storage.disk.durable, keys_of(name), GEOMETRY).errors == []
+
+
+def test_a_rekey_in_progress_is_counted_and_brought_to_its_end() -> None:
+    storage = SimulatedStorage(SimulatedDisk.of(raw_of("rekeying")))
+    found = refcheck.check(raw_of("rekeying"), KEYS, GEOMETRY)
+    assert (found.phase, found.cursor) == (1, 2)
+    assert found.under(1) == {"epochs": 2, "identities": 2, "wrapped keys": 2, "nodes": 1,
+                              "leaves": 1, "blocks": 1}  # fmt: skip
+    assert found.under(2)["blocks"] == 5
+    image = opened(storage, "rekeying", read_only=False)
+    while not image.rekey_part().is_done:
+        pass
+    assert digests(image) == expected_blocks("rekeying")
+    image.close()
+    found = refcheck.check(storage.disk.durable, KEYS, GEOMETRY)
+    assert (found.errors, found.under(1)) == ([], {})
+    done = refcheck.check(raw_of("rekeyed"), KEYS, GEOMETRY)
+    assert (done.errors, done.under(1)) == ([], {})
 
 
 def test_the_identity_is_readable_without_a_key() -> None:

@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from sending import sent
-from simulation import SimulatedStorage, tears
+from simulation import SimulatedDisk, SimulatedStorage, tears
 from test_image import IDENTITY, KEY, PAGE
 from test_refcheck import refcheck
 
 from sealfs.image import committer, tree
 from sealfs.image.cache import BlockCache
+from sealfs.image.format import next_generation
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import Geometry, block_count_of
+from sealfs.image.recovery import read_identity
 
 SIZE_MAX = 64 * PAGE
+WRAPPED = replace(IDENTITY, wrapped_keys=((1, b"wrapped"),))
 
 # Few blocks, so that operations meet; rarely some far away.
 blocks = st.integers(0, 19)
@@ -41,6 +45,10 @@ sizes = st.one_of(
     st.sampled_from([1, 511, PAGE - 1, PAGE + 1]),
     st.integers(1, 9 * PAGE),
 )
+
+
+def key_of(generation: int) -> bytes:
+    return KEY if generation == 1 else bytes([generation]) * 32
 
 
 class ImageMachine(RuleBasedStateMachine):
@@ -70,7 +78,7 @@ class ImageMachine(RuleBasedStateMachine):
         self.seals: set[tuple[bytes, int, int]] = set()
         self.storage = SimulatedStorage()
         SealedImage.create(
-            self.storage, identity=IDENTITY, image_key=KEY, size=size, geometry=self.geometry
+            self.storage, identity=WRAPPED, image_key=KEY, size=size, geometry=self.geometry
         )
         self.model = bytearray(size)
         self.version = 0
@@ -80,13 +88,19 @@ class ImageMachine(RuleBasedStateMachine):
     def open(self) -> None:
         self.image = SealedImage.open(
             self.storage,
-            image_key=KEY,
+            image_key=self.keys(),
             cache=self.cache,
             random=self.rng.randbytes,
             geometry=self.geometry,
             record_roots=self.roots,
             on_seal=self.on_seal,
         )
+
+    def keys(self) -> dict[int, bytes]:
+        """Return the image keys that the identity names, no others."""
+        disk = SimulatedDisk.of(self.storage.disk.device())
+        identity = read_identity(SimulatedStorage(disk), self.geometry)
+        return {generation: key_of(generation) for generation, _ in identity.wrapped_keys}
 
     def on_seal(self, salt: bytes, epoch: int, counter: int, block: int) -> None:
         assert (salt, epoch, counter) not in self.seals, "a nonce is used twice"
@@ -120,7 +134,7 @@ class ImageMachine(RuleBasedStateMachine):
 
     def found_after_a_crash(self) -> None:
         """Open what a process left behind; refcheck first."""
-        report = refcheck.check(bytes(self.storage.disk.device()), KEY, self.geometry)
+        report = refcheck.check(bytes(self.storage.disk.device()), self.keys(), self.geometry)
         assert report.errors == []
         self.open()
         assert self.image.size == report.size
@@ -226,11 +240,26 @@ class ImageMachine(RuleBasedStateMachine):
         assert self.image.check(data=data) == []
         self.settled()
 
+    @rule(parts=st.integers(0, 9), blocks=st.integers(1, 6))
+    def rekey(self, parts: int, blocks: int) -> None:
+        if not self.image.is_rekeying:
+            new = next_generation(self.image.identity.key_generation)
+            self.image.begin_rekey(b"wrapped", key_of(new))
+        for _ in range(parts):
+            if self.image.is_rekeying:
+                self.image.rekey_part(blocks)
+
+    @rule(parts=st.integers(1, 9))
+    def retire(self, parts: int) -> None:
+        for _ in range(parts):
+            if not self.image.is_rekeying and self.image.status()["epochs"]:
+                self.image.retire_part(3)
+
     @rule()
     def reopen(self) -> None:
         self.image.close()
         self.storage.reopen()
-        report = refcheck.check(bytes(self.storage.disk.cached), KEY, self.geometry)
+        report = refcheck.check(bytes(self.storage.disk.cached), self.keys(), self.geometry)
         assert report.errors == []
         assert report.clean
         self.open()
@@ -259,7 +288,7 @@ class ImageMachine(RuleBasedStateMachine):
             return
         try:
             self.image.close()
-            report = refcheck.check(bytes(self.storage.disk.cached), KEY, self.geometry)
+            report = refcheck.check(bytes(self.storage.disk.cached), self.keys(), self.geometry)
             assert report.errors == []
             assert report.size == len(self.model)
             for block in range(block_count_of(len(self.model))):

@@ -31,12 +31,21 @@ from typing import Any
 import tamper_bits
 import test_crash
 import test_tamper
-from crash_support import LETTERS, PREFIXES, SMALL_COMMIT_BLOCKS, Lab, Recipe, set_limit
+from crash_support import (
+    LETTERS,
+    PREFIXES,
+    REKEYS,
+    SMALL_COMMIT_BLOCKS,
+    Lab,
+    Recipe,
+    set_limit,
+)
 from torture_record import Record, state_path
 
 STATES_IN_BATCH = 1000
 TAMPERS_IN_BATCH = 1000
 LETTERS_MAX = 6
+REKEY_EVERY = 4
 FAULTS = ("", "", "", "", "kill", "eio", "short")
 REPORT_EVERY = 10.0  # seconds
 
@@ -60,16 +69,22 @@ class Batch:
 
 
 def crash_batch(number: int) -> Batch:
-    """Run random workloads until a thousand crash states were examined."""
+    """Run random workloads until a thousand crash states were examined.
+
+    Each fourth batch has a rekey under way, and its steps among the operations.
+    """
     set_limit("SMALL_COMMIT_BLOCKS", SMALL_COMMIT_BLOCKS)
     began = time.perf_counter()
     rng = random.Random(f"torture crash {number}")
     lab = Lab(seed=number, cap_point=6, inner=0.05, later=0.05, again=0.1)
     tried: set[tuple[str, str]] = set()
+    has_rekey = number % REKEY_EVERY == 0
+    prefixes = list(REKEYS if has_rekey else PREFIXES)
+    operations = LETTERS + "kppKi" if has_rekey else LETTERS
     while lab.figures["states"] + lab.figures["states inside recovery"] < STATES_IN_BATCH:
-        letters = "".join(rng.choices(LETTERS, k=rng.randint(3, LETTERS_MAX)))
+        letters = "".join(rng.choices(operations, k=rng.randint(3, LETTERS_MAX)))
         fault = rng.choice(FAULTS)
-        recipe = Recipe(number, rng.choice(list(PREFIXES)), letters.rstrip("f") or "w")
+        recipe = Recipe(number, rng.choice(prefixes), letters.rstrip("f") or "w")
         if (recipe.prefix, recipe.letters) in tried:
             continue  # the same branch of history would draw the same salts
         tried.add((recipe.prefix, recipe.letters))

@@ -5,10 +5,11 @@ Shares no module with sealfs: only the standard library and `cryptography`. It n
 reads what a recovery would find: the live superblock, the tree, the journal replayed in memory;
 and verifies every MAC, the place of everything, and (with `data`) every block.
 
-    tools/refcheck.py IMAGE --key-file FILE [--data]
+    tools/refcheck.py IMAGE --key-file FILE [--key-file 2=FILE] [--data]
 
 prints what it found; exit status 0, or 3 when something is wrong. The key file holds the image
-key: 32 bytes, or 64 hexadecimal digits. Section numbers are those of FORMAT.md.
+key: 32 bytes, or 64 hexadecimal digits; of key generation 1, or of the one named. Section numbers
+are those of FORMAT.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import itertools
 import os
 import struct
 import sys
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,16 +76,26 @@ class Report:
     blocks: dict[int, bytes] = field(default_factory=dict)
     nonces: set[tuple[int, int]] = field(default_factory=set)
     vm_id: str = ""
+    phase: int = 0
+    key_generation: int = 0
+    cursor: int = 0
+    found: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """How much of each kind is under each key generation: superblocks, identities, epochs, nodes,
+    leaves, records, blocks. A leaf that records in the journal have changed is not counted."""
+
+    def under(self, generation: int) -> dict[str, int]:
+        """Return what is under one key generation, by kind."""
+        return {kind: count for (each, kind), count in self.found.items() if each == generation}
 
 
 SUPERBLOCK_FIELDS = (
     "magic version features uuid generation size group_blocks fanout depth key_generation clean"
     " reserved header_pages journal_pages root_mac root_slot root_position root_place"
-    " identity_pages tail_page epoch_count tail_sequence tail_mac table_digest anchors reserved2"
-    " mac"
+    " identity_pages tail_page epoch_count tail_sequence tail_mac table_digest anchors"
+    " rekey_phase old_generation reserved2 rekey_cursor reserved3 mac"
 )
 Superblock = namedtuple("Superblock", SUPERBLOCK_FIELDS)  # section 4.1, in the order of its table
-SUPERBLOCK = struct.Struct("<8sII16sQQHHBBB1sII24sIBBHIIQ32s32s192s112s32s")
+SUPERBLOCK = struct.Struct("<8sII16sQQHHBBB1sII24sIBBHIIQ32s32s192sBB6sQ96s32s")
 ROW = struct.Struct("<IB3s32s")
 ENTRY = struct.Struct("<IQ16sI")
 RECORD = struct.Struct("<8s16sQIIII32s24sQIIIII60s32s32s")
@@ -144,6 +155,7 @@ class Checker:
         self.has_lost = False  # a node page, or a leaf page that a record needs, is damaged
         self.lost: list[range] = []  # groups that damaged node pages cover
         self.places: dict[int, int] = {}  # group -> hinted place of its leaf
+        self.leaf_generations: dict[int, int] = {}  # group -> generation of its leaf's MAC
         self.stale: set[int] = set()  # level-1 nodes to be computed again
         self.leaves: dict[int, bytearray] = {}  # leaves that records have touched
         self.inline: dict[int, int] = {}  # block -> where its payload lies in the file
@@ -157,7 +169,12 @@ class Checker:
 
     def use(self, block: Superblock) -> None:
         self.uuid, self.generation_of_keys = block.uuid, block.key_generation
-        self.tree_key = self.subkey(b"sealfs1 tree", block.key_generation)
+        self.phase = block.rekey_phase
+        # Section 11.2: new MACs under the first, live pages under any of them.
+        self.tree_keys = {block.key_generation: self.subkey(b"sealfs1 tree", block.key_generation)}
+        if self.phase == 1:
+            old = block.old_generation
+            self.tree_keys[old] = self.subkey(b"sealfs1 tree", old)
         self.journal_key = self.subkey(b"sealfs1 journal", block.key_generation)
 
     def subkey(self, label: bytes, generation: int, uuid: bytes | None = None) -> bytes:
@@ -195,6 +212,7 @@ class Checker:
                 self.report.notes.append(f"superblock {name} is not valid")
             else:
                 found.append((block.generation, name, block))
+                self.report.found[block.key_generation, "superblocks"] += 1
         if not found:
             raise Refused("no superblock with a valid MAC")
         if len({generation for generation, _, _ in found}) < len(found):
@@ -216,8 +234,17 @@ class Checker:
 
     def verify_superblock(self, block: Superblock) -> None:
         shape = self.shape
-        if block.version != 1 or block.features != 0:
+        if block.version != 1 or block.features != (block.rekey_phase > 0):
             raise Refused(f"version {block.version}, features {block.features:#x}")
+        has_old = block.rekey_phase > 0
+        follows = block.old_generation % 255 + 1 == block.key_generation
+        if (
+            block.rekey_phase > 2
+            or has_old != (block.old_generation > 0)
+            or (has_old and not follows)
+            or (block.rekey_cursor > 0 and block.rekey_phase != 1)
+        ):
+            raise Refused(f"phase {block.rekey_phase} of a rekey: its fields do not fit")
         names = ("group_blocks", "fanout", "depth", "header_pages", "identity_pages")
         for name in names:
             if getattr(block, name) != getattr(shape, name):
@@ -225,7 +252,11 @@ class Checker:
         self.journal_pages = shape.journal_pages or block.journal_pages
         if block.journal_pages != self.journal_pages:
             raise Refused(f"geometry: journal_pages is {block.journal_pages}")
-        if any(block.reserved + block.reserved2) or block.clean > 1 or block.root_place > 1:
+        if (
+            any(block.reserved + block.reserved2 + block.reserved3)
+            or block.clean > 1
+            or block.root_place > 1
+        ):
             self.error("superblock: a reserved field or a flag is out of range")
         if block.size > self.capacity * PAGE:
             raise Refused("size beyond what the tree can hold")
@@ -253,14 +284,22 @@ class Checker:
             self.error(f"epoch table {self.live_name}, of the live superblock, is damaged")
         previous = 0
         for epoch, generation, reserved, salt in ROW.iter_unpack(raws[good[0]]):
-            if epoch <= previous or any(reserved) or generation not in self.keys:
+            allowed = {block.key_generation}
+            if block.rekey_phase == 1:
+                allowed.add(block.old_generation)
+            if epoch <= previous or any(reserved) or generation not in allowed:
                 raise Refused(f"epoch table: row of epoch {epoch}")
+            if generation not in self.keys:
+                raise Refused(f"no image key of generation {generation}")
+            self.report.found[generation, "epochs"] += 1
             self.rows[epoch] = (generation, salt)
             previous = epoch
         self.epoch = previous
         self.report.epochs = list(self.rows)
 
-    def identity(self) -> None:
+    def identity(self, block: Superblock) -> None:
+        now, old = block.key_generation, block.old_generation
+        self.identity_generations = {1: {old}, 2: {old, now}}.get(block.rekey_phase, {now})
         h, i = self.shape.header_pages, self.shape.identity_pages
         found = []
         for name, page in (("A", 1), ("B", h + 1)):
@@ -281,6 +320,8 @@ class Checker:
         if hashlib.sha256(content).digest() != checksum:
             raise Refused("checksum does not match")
         uuid, generation, _, suite, keys = struct.unpack_from("<16sQQBB", content)
+        if keys not in self.identity_generations:
+            raise Refused(f"key generation {keys}")
         key = self.subkey(b"sealfs1 identity", keys)
         if hmac.digest(key, raw[:16] + content, "sha256") != mac:
             raise Refused("MAC does not match")
@@ -289,10 +330,17 @@ class Checker:
         for _ in range(3):
             text, at = _counted(content, at)
             texts.append(text.decode())
+        wrapped = []
         for with_generation in (1, 0):
             count, at = content[at], at + 1
             for _ in range(count):
+                wrapped += [content[at]] * with_generation
                 _, at = _counted(content, at + with_generation)
+        if wrapped not in ([], [keys]) and sorted(wrapped) != sorted([keys, keys % 255 + 1]):
+            raise Refused(f"wrapped keys of generations {wrapped}")
+        self.report.found[keys, "identities"] += 1
+        for generation in wrapped:
+            self.report.found[generation, "wrapped keys"] += 1
         if at != size or uuid != self.uuid or suite != 1:
             raise Refused("bytes left over, another uuid or another suite")
         return generation, texts[0]
@@ -309,6 +357,7 @@ class Checker:
         for place in (block.root_place, 1 - block.root_place):
             page = self.node_page(block.root_slot, block.root_position, place)
             if self.root_of(self.node_mac(self.depth, 0, page), block.size) == wanted:
+                self.report.found[self.generation_of_keys, "nodes"] += 1
                 break
         else:
             raise Refused("the top node does not match the root")
@@ -334,8 +383,10 @@ class Checker:
                 self.place(slots[child], position, f"node {level - 1}/{number}")
                 for turn in (place & 1, 1 - (place & 1)):
                     below = self.node_page(slots[child], position, turn)
-                    if self.node_mac(level - 1, number, below) == mac:
+                    under = self.node_generation(level - 1, number, below, mac)
+                    if under:
                         todo.append((level - 1, number, below))
+                        self.report.found[under, "nodes"] += 1
                         break
                 else:
                     self.lose(level - 1, number)
@@ -372,14 +423,21 @@ class Checker:
     def node_page(self, slot: int, position: int, place: int) -> bytes:
         return self.read.page(self.slot_offset(slot) // PAGE + 2 * position + place)
 
-    def mac24(self, label: bytes, level: int, number: int, content: bytes | bytearray) -> bytes:
+    def mac24(
+        self, label: bytes, level: int, number: int, content: bytes | bytearray, generation: int = 0
+    ) -> bytes:
         head = label + bytes([level]) + self.uuid + struct.pack("<Q", number)
-        return hmac.digest(self.tree_key, head + content, "sha256")[:24]
+        key = self.tree_keys[generation or self.generation_of_keys]
+        return hmac.digest(key, head + content, "sha256")[:24]
 
-    def node_mac(self, level: int, index: int, page: bytes) -> bytes:
-        return self.mac24(
-            b"SEALNOD", level, index, page[: (28 if level == 1 else 24) * self.fanout]
-        )
+    def node_mac(self, level: int, index: int, page: bytes, generation: int = 0) -> bytes:
+        columns = page[: (28 if level == 1 else 24) * self.fanout]
+        return self.mac24(b"SEALNOD", level, index, columns, generation)
+
+    def node_generation(self, level: int, index: int, page: bytes, mac: bytes) -> int:
+        """Return the key generation under which a page has this MAC, 0 for none."""
+        under = (g for g in self.tree_keys if self.node_mac(level, index, page, g) == mac)
+        return next(under, 0)
 
     def root_of(self, top: bytes, size: int) -> bytes:
         return self.mac24(b"SEALROT", 0, size, top)
@@ -387,7 +445,9 @@ class Checker:
     def compute_root(self, size: int) -> bytes:
         """Return the root of the tree as it stands in memory, from the changed nodes upwards."""
         touched = self.stale
-        if not self.report.root:
+        if not self.report.root and self.phase == 1:
+            touched = set()  # what is there has been verified, under either key
+        elif not self.report.root:
             touched = {index for level, index in self.macs if level == 1}
         for level in range(1, self.depth):
             above = set()
@@ -442,8 +502,10 @@ class Checker:
         hint = self.places.get(number, 0)
         for place in (hint, 1 - hint):
             page = self.read.page(self.slot_offset(slot) // PAGE + place)
-            if self.mac24(b"SEALLEF", 0, number, page) == mac:
-                return bytearray(page)
+            for generation in self.tree_keys:
+                if self.mac24(b"SEALLEF", 0, number, page, generation) == mac:
+                    self.leaf_generations[number] = generation
+                    return bytearray(page)
         self.error(f"leaf of group {number}, slot {slot}, does not authenticate")
         return None
 
@@ -479,6 +541,8 @@ class Replay(Checker):
         if block.clean and taken:
             self.error("records after a superblock that was closed in order")
         self.report.records, self.report.sequence = len(taken), sequence
+        if taken:
+            self.report.found[block.key_generation, "records"] = len(taken)
         return taken
 
     def journal_page(self, page: int) -> int:
@@ -670,8 +734,17 @@ class Replay(Checker):
             if slot not in self.record_slots:
                 self.inside(slot, f"group {group}")
             leaf = self.leaf(group)
+            if group not in self.leaves and group in self.leaf_generations:
+                generation = self.leaf_generations[group]
+                self.report.found[generation, "leaves"] += 1
+                self.check_cursor(group, generation)
             if leaf is not None:
                 self.walk_leaf(group, slot, leaf, data=data, keep=keep)
+
+    def check_cursor(self, group: int, generation: int) -> None:
+        """Section 4.1: before the cursor nothing is under the old key."""
+        if group < self.report.cursor and generation != self.generation_of_keys:
+            self.error(f"group {group} is before the cursor and has something under the old key")
 
     def walk_leaf(self, group: int, slot: int, leaf: bytearray, *, data: bool, keep: bool) -> None:
         b = self.blocks_per_group
@@ -702,6 +775,9 @@ class Replay(Checker):
         epoch, counter, tag, flags = ENTRY.unpack(entry)
         if flags != 1 or epoch not in self.rows:
             self.error(f"entry of block {block}: flags {flags:#x}, epoch {epoch}")
+        else:
+            self.report.found[self.rows[epoch][0], "blocks"] += 1
+            self.check_cursor(block // self.blocks_per_group, self.rows[epoch][0])
         chunk = self.seen_nonces.setdefault((epoch, counter >> 16), bytearray(8192))
         at, bit = (counter & 0xFFFF) >> 3, 1 << (counter & 7)
         if chunk[at] & bit or self.record_nonces.get((epoch, counter), (block, tag)) != (
@@ -739,8 +815,10 @@ def check(
         checker.use(block)
         report.uuid, report.generation, report.size = block.uuid, block.generation, block.size
         report.tail_sequence, report.clean = block.tail_sequence, bool(block.clean)
+        report.phase, report.key_generation = block.rekey_phase, block.key_generation
+        report.cursor = block.rekey_cursor
         checker.table(block)
-        checker.identity()
+        checker.identity(block)
         checker.tree(block)
         records = checker.records(block)
         busy = {slot for slot, _ in checker.present()} | checker.node_slots
@@ -755,28 +833,40 @@ def check(
     return report
 
 
+def _key_of(text: str) -> tuple[int, bytes]:
+    """Read one `[GENERATION=]FILE`."""
+    generation, equals, path = text.partition("=")
+    if not (equals and generation.isdigit()):
+        generation, path = "1", text
+    key = Path(path).read_bytes()
+    return int(generation), key if len(key) == 32 else bytes.fromhex(key.decode())
+
+
 def main() -> int:
     """Check one image and print what was found."""
     parser = argparse.ArgumentParser(description="independent check of a sealed image")
     parser.add_argument("image", type=Path)
-    parser.add_argument("--key-file", type=Path, required=True)
+    parser.add_argument("--key-file", action="append", required=True, metavar="[GENERATION=]FILE")
     parser.add_argument("--data", action="store_true", help="decrypt every block")
     parser.add_argument("--geometry", help="B,F,D,H,I of a test image")
     arguments = parser.parse_args()
-    key = arguments.key_file.read_bytes()
-    if len(key) != 32:
-        key = bytes.fromhex(key.decode())
+    keys = dict(map(_key_of, arguments.key_file))
     shape = Shape(*map(int, arguments.geometry.split(","))) if arguments.geometry else None
     fd = os.open(arguments.image, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        report = check(fd, key, shape, data=arguments.data, keep=False)
+        report = check(fd, keys, shape, data=arguments.data, keep=False)
     finally:
         os.close(fd)
     names = ("uuid", "vm_id", "size", "generation", "clean", "tail_sequence", "sequence", "records",
-             "root", "epochs", "node_count", "group_count", "block_count")  # fmt: skip
+             "root", "epochs", "node_count", "group_count", "block_count", "phase",
+             "key_generation")  # fmt: skip
     for name in names:
         value = getattr(report, name)
         print(f"{name}: {value.hex() if isinstance(value, bytes) else value}")
+    for generation in sorted({each for each, _ in report.found}):
+        under = report.under(generation)
+        texts = (f"{count} {kind}" for kind, count in sorted(under.items()))
+        print(f"under key generation {generation}: {', '.join(texts)}")
     for note in report.notes:
         print(f"note: {note}")
     for error in report.errors:

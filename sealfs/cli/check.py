@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from sealfs.cli.asked import pin_file_option
 from sealfs.cli.errors import ExitCode, hint_of, sentence_of, warn
 from sealfs.cli.newborn import Newborn
 from sealfs.cli.output import print_json, printable, progress
+from sealfs.cli.pace import Pace
 from sealfs.cli.sealed import Place
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import BlockDamaged, Busy, NotFound, SealfsError, StorageFailed
@@ -117,7 +117,7 @@ def _checked(
     settings: Settings, place: Place, *, data: bool, rate: int | None
 ) -> tuple[list[Finding], int]:
     """Return what is wrong with an image, and the size of its disk."""
-    pace = _Pace(rate)
+    pace = Pace(rate)
     with settings.keys() as keys:
         while True:
             try:
@@ -132,7 +132,7 @@ def _checked(
 
 
 def _checked_offline(
-    settings: Settings, place: Place, keys: KeyService, data: bool, pace: _Pace
+    settings: Settings, place: Place, keys: KeyService, data: bool, pace: Pace
 ) -> tuple[list[Finding], int]:
     with sealed.opened(settings, place, keys) as image:
 
@@ -145,7 +145,7 @@ def _checked_offline(
 
 
 def _checked_live(
-    place: Place, mount: RunningMount, data: bool, pace: _Pace
+    place: Place, mount: RunningMount, data: bool, pace: Pace
 ) -> tuple[list[Finding], int]:
     path = os.path.realpath(place.sealed)
 
@@ -161,7 +161,7 @@ def _checked_live(
     return _collect(place, part, int(found["slots_used"]) * int(found["slot_size"]), pace), size
 
 
-def _collect(place: Place, part: Callable[[int], Part], total: int, pace: _Pace) -> list[Finding]:
+def _collect(place: Place, part: Callable[[int], Part], total: int, pace: Pace) -> list[Finding]:
     """Drive a check from its first part to its last."""
     findings: list[Finding] = []
     start: int | None = 0
@@ -173,20 +173,6 @@ def _collect(place: Place, part: Callable[[int], Part], total: int, pace: _Pace)
             advance(done.size)
             pace.after(done.size)
     return findings
-
-
-class _Pace:
-    """Sleeps so that no more than `rate` bytes a second are read."""
-
-    def __init__(self, rate: int | None) -> None:
-        self._rate = rate
-        self._due = time.monotonic()
-
-    def after(self, size: int) -> None:
-        """Wait for the time that reading `size` bytes should have taken."""
-        if self._rate is not None:
-            self._due += size / self._rate
-            time.sleep(max(0.0, self._due - time.monotonic()))
 
 
 def _salvaged(settings: Settings, place: Place, dest: Path) -> tuple[list[Finding], int]:

@@ -326,7 +326,18 @@ def _exists(error: BaseException, situation: Situation) -> str | None:
     return None
 
 
+def _block_damaged(error: BaseException, situation: Situation) -> str | None:
+    if situation.command == "rekey":
+        return f"{_check(error, situation)}; write or discard those blocks, then the same again"
+    return _check(error, situation)
+
+
+_check = _with_path("check --data {path}")
+
+
 def _no_space(error: BaseException, situation: Situation) -> str | None:
+    if "epoch table" in str(error):
+        return _with_path("rekey --epochs {path}")(error, situation)
     full = Path(getattr(error, "subject", ""))
     if situation.state in full.parents:
         return f"df -h {quoted(situation.state)}"
@@ -381,7 +392,7 @@ HINTS: tuple[tuple[type[BaseException], Hint, str], ...] = (
     (errors.ForeignImage, _with_path("register {path}"), "only if you moved it yourself"),
     (errors.Busy, _busy, ""),
     (errors.FormatError, _malformed, "another file, or a newer sealfs"),
-    (errors.BlockDamaged, _with_path("check --data {path}"), "then a backup"),
+    (errors.BlockDamaged, _block_damaged, "then a backup"),
     (errors.IntegrityError, _damaged, ""),
     (errors.StorageFailed, _storage_failed, "the kernel's log (`dmesg`)"),
     (errors.NotFound, _not_found, "look at the path"),
@@ -413,6 +424,8 @@ def report(error: BaseException, situation: Situation) -> int:
     """Print what went wrong and return the exit code."""
     if isinstance(error, Interrupted):
         sentence, hint = "interrupted; nothing half-made was left behind", None
+        if situation.command == "rekey":
+            sentence, hint = "interrupted; the image is in order, and not done", situation.again()
         status = INTERRUPTED + error.number
     else:
         code = exit_code_of(error)

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("create", "Seal an existing disk."),
     "export": ("export", "Write a sealed image out as a plain disk."),
     "resize": ("resize", "Make a disk larger or smaller, also one in use."),
+    "rekey": ("rekey", "New data key, every block sealed again, in use or not."),
     "mount": ("mount", "Serve a directory of sealed images as plain files."),
     "umount": ("mount", "Unmount; returns when the images are clean."),
     "list": ("images", "List sealed images."),

@@ -13,7 +13,6 @@ from sealfs.cli.asked import pin_file_option
 from sealfs.cli.output import print_json
 from sealfs.cli.settings import PATH, Settings, common_options
 from sealfs.errors import UsageError
-from sealfs.keys.vmkey import wipe
 
 
 @click.command("resize")
@@ -56,6 +55,5 @@ def _resize(settings: Settings, path: Path, size: int, *, may_shrink: bool) -> N
         finally:
             # Killed before: the old size or the new one, the other bytes as they were.
             opened.image.abandon()
-            wipe(opened.image_key)
             if opened.lock is not None:
                 opened.lock.close()

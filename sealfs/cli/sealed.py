@@ -22,8 +22,8 @@ from sealfs.image.format import SUPERBLOCK_SIZE, Identity
 from sealfs.image.image import SealedImage
 from sealfs.image.recovery import Witness, read_identity
 from sealfs.image.storage import FileStorage
-from sealfs.keys.vmkey import wipe
 from sealfs.mount import freshness
+from sealfs.mount.imagekeys import lent_keys
 
 if TYPE_CHECKING:
     from sealfs.keys.service import KeyService
@@ -119,14 +119,10 @@ def open_with(
 
     `witness` says whether it is as new as this host knows it; None where that is not the question.
     """
-    wrapped = identity.wrapped_key(storage.path)
-    key = keys.image_key(identity.kmi, identity.vm_id, identity.uuid, wrapped)
-    try:
+    with lent_keys(keys, identity, storage.path) as image_keys:
         return SealedImage.open(
-            storage, image_key=key, cache=new_cache(), read_only=True, witness=witness
+            storage, image_key=image_keys, cache=new_cache(), read_only=True, witness=witness
         )
-    finally:
-        wipe(key)
 
 
 def new_cache() -> BlockCache:

@@ -68,6 +68,7 @@ class Facts:
     hint: str | None = None
     problem: str | None = None
     is_locked: bool = False
+    rekey: dict[str, int] | None = None
     key: dict[str, object] | None = None
     live: dict[str, Any] | None = None
 
@@ -85,11 +86,21 @@ class Facts:
             words.append("not registered")
         elif self.registration == "other":
             words.append("another image is registered here")
+        if self.rekey is not None:
+            words.append(self._rekey_text)
         if self.is_locked:
             words.append("locked: it opens with its PIN")
         elif self.failure is not None:
             words.append(self.failure)
         return ", ".join(words)
+
+    @property
+    def _rekey_text(self) -> str:
+        assert self.rekey is not None
+        if "total" not in self.rekey:
+            return "being rekeyed"
+        done, total = self.rekey["done"], self.rekey["total"]
+        return f"being rekeyed, {100 * done // max(1, total)} % done"
 
 
 def registered(keys: KeyService) -> dict[str, RegistryEntry]:
@@ -167,6 +178,7 @@ def verify(facts: Facts, place: Place, keys: KeyService) -> SealfsError | None:
     live = _live(place)
     if live is not None:
         facts.live = live
+        facts.rekey = live["rekey"]
         facts.size = int(live["size"])
         facts.unverified = ["kmi", "created"]  # the mount verified the rest at its first open
         facts.unverified_because = "the image is in use; its mount tells the rest"
@@ -182,6 +194,7 @@ def verify(facts: Facts, place: Place, keys: KeyService) -> SealfsError | None:
             image = sealed.open_with(storage, identity, keys, known)
             _take_identity(facts, image.identity)
             facts.size = image.size
+            facts.rekey = image.rekey_progress
             image.abandon()
         finally:
             storage.close()
@@ -243,6 +256,8 @@ def full_size(geometry: Geometry, size: int) -> int:
 def _take(facts: Facts, superblock: Superblock, identity: Identity) -> None:
     _take_identity(facts, identity)
     facts.size = superblock.size
+    if superblock.rekey.phase or identity.new_generation:
+        facts.rekey = {}
     facts.full_size = full_size(superblock.geometry, superblock.size)
 
 

@@ -210,6 +210,17 @@ class ImageCache:
         else:
             self.committing = {block: self.dirty.pop(block) for block in blocks}
 
+    def begin_again(self, blocks: Sequence[int], content: Buffer) -> None:
+        """Hand blocks that are committed already to a commit that seals them again.
+
+        As many frames must be free. A newer, dirty block of that number stays what it is.
+        """
+        assert not self.committing, "one commit runs at a time"
+        frames = self._cache.take_frames(len(blocks))
+        for i, frame in enumerate(frames):
+            self.frame(frame)[:] = content[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
+        self.committing = dict(zip(blocks, frames, strict=True))
+
     def finish(self, blocks: Iterable[int]) -> None:
         """Let go of blocks whose commit is durable and home."""
         self._cache.give_frames([self.committing.pop(block) for block in blocks])

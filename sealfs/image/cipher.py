@@ -87,11 +87,28 @@ def same_mac(found: Buffer, expected: Buffer) -> bool:
 
 
 class TreeMacs:
-    """MACs of leaf pages, node pages and the root of one image (FORMAT.md 6)."""
+    """MACs of leaf pages, node pages and the root of one image (FORMAT.md 6).
 
-    def __init__(self, key: bytes, uuid: bytes) -> None:
+    While the image key is being replaced, pages whose MAC is still one under the old key are as
+    authentic as the others (FORMAT.md 11.2); new MACs are made under the new key alone.
+    """
+
+    def __init__(self, key: bytes, uuid: bytes, old_key: bytes | None = None) -> None:
         self._key = key
         self._uuid = uuid
+        self.accepted: tuple[TreeMacs, ...] = (self,)
+        """Those under each key that a page may have its MAC from, the present one's first."""
+        if old_key is not None:
+            self.accepted = (self, TreeMacs(old_key, uuid))
+
+    def begin(self, key: bytes) -> None:
+        """Make MACs under a new key from now on; other threads may verify meanwhile."""
+        self.accepted = (self, TreeMacs(self._key, self._uuid))
+        self._key = key
+
+    def forget_old(self) -> None:
+        """Accept nothing under the old key any more: nothing is left under it."""
+        self.accepted = (self,)
 
     def leaf(self, group: int, page: Buffer) -> bytes:
         """MAC of a group's leaf page."""
@@ -151,6 +168,33 @@ class BlockCipher:
     def is_nearly_spent(self) -> bool:
         """Whether what is accepted now may find the epoch spent when it is committed."""
         return self._epoch == 0 or self._counter + _ACCEPTED_MAX >= EPOCH_BLOCKS_MAX
+
+    @property
+    def generations(self) -> frozenset[int]:
+        """The key generations whose image keys are here."""
+        return frozenset(self._image_keys)
+
+    def add_image_key(self, generation: int, image_key: Buffer) -> None:
+        """Take a copy of the image key of one generation more."""
+        self._image_keys[generation] = bytearray(image_key)
+
+    def subkeys(self, generation: int) -> Subkeys:
+        """Return the keys of the MACs of a key generation that is here."""
+        return Subkeys.derive(self._image_keys[generation], self._uuid, generation)
+
+    def forget_generation(self, generation: int, rows: Sequence[EpochRow]) -> None:
+        """Wipe an image key, and know these epochs alone; whoever reads by another one fails."""
+        kept = {row.epoch: row for row in rows}
+        self._rows = kept
+        for epoch in [epoch for epoch in self._keys if epoch not in kept]:
+            self._decrypts.pop(epoch.to_bytes(4, "little"), None)
+            key = self._keys.pop(epoch)
+            key[:] = bytes(len(key))
+        if self.opener is not None:
+            self.opener.forget()  # it is taught again what is still to be known
+        gone = self._image_keys.pop(generation, None)
+        if gone is not None:
+            gone[:] = bytes(len(gone))
 
     def forget(self) -> None:
         """Wipe the image keys and let go of what was derived from them."""
@@ -308,8 +352,12 @@ class EpochTable:
             raise NoSpace(
                 self._path,
                 f"the epoch table is full ({self.rows_max} rows): blocks of so many different"
-                " openings are in use that none can be dropped; export and import the image",
+                " openings are in use that none can be dropped; sealing some again makes room",
             )
+
+    def keep_generation(self, key_generation: int) -> None:
+        """Drop the rows of other key generations, which no entry names any more."""
+        self.rows = [row for row in self.rows if row.key_generation == key_generation]
 
     def compact(self, in_use: set[int]) -> None:
         """Drop the rows that no entry names; the last one stays, it numbers the next."""

@@ -6,12 +6,13 @@ made here when it is committed (FORMAT.md 8.1). The steps in here are exclusive:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from sealfs.errors import NoSpace
 from sealfs.image.batch import Batch, Frames
 from sealfs.image.cache import ImageCache
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, block_count_of, group_runs
+from sealfs.image.plan import Buffer
 from sealfs.image.reader import Reader
 from sealfs.image.record import head_pages_of
 from sealfs.image.steps import Steps
@@ -128,6 +129,22 @@ class Committer:
     def commit_dirty_steps(self, size: int) -> Steps[None]:
         """Commit every dirty block and the size of the disk."""
         self._cache.begin_commit()
+        yield from self._commit_taken_steps(size)
+
+    def seal_again_steps(self, blocks: Sequence[int], content: Buffer) -> Steps[None]:
+        """Commit blocks as they are committed already, so that the present epoch seals them.
+
+        A write that is accepted meanwhile, or waits to be committed, is newer and stays so.
+
+        Args:
+            blocks: ascending; all of them are there.
+            content: of each; read since the last commit. As many frames are free.
+        """
+        self._cache.begin_again(blocks, content)
+        yield from self._commit_taken_steps(self._volume.size)
+
+    def _commit_taken_steps(self, size: int) -> Steps[None]:
+        """Commit what the cache has handed out, and the size of the disk."""
         blocks = sorted(self._cache.committing)
         groups: dict[int, list[int]] = {}
         for block in blocks:

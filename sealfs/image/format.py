@@ -10,6 +10,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import accumulate
 from typing import Any, Final, Self
 
@@ -39,6 +40,11 @@ LABELS: Final = {
 
 VERSION: Final = 1
 SUITE_AES_256_GCM: Final = 1
+FEATURE_REKEY: Final = 1
+"""Feature bit 0: the image key is being replaced (FORMAT.md 11)."""
+KEY_GENERATION_MAX: Final = 255
+"""The one after it is 1 again: no more than two are ever in use at once."""
+WRAPPED_KEYS_MAX: Final = 2
 MAC_SIZE: Final = 32
 TREE_MAC_SIZE: Final = 24
 ANCHOR_COUNT: Final = 8
@@ -48,7 +54,7 @@ LOST: Final = bytes(28) + b"\1" + bytes(3)
 """An entry that says a block is there and never opens: there is no epoch 0."""
 PRESENT: Final = 1
 
-_SUPERBLOCK: Final = struct.Struct("<8sII16sQQHHBBBBII24sIBBHIIQ32s32s192s112s32s")
+_SUPERBLOCK: Final = struct.Struct("<8sII16sQQHHBBBBII24sIBBHIIQ32s32s192sBB6sQ96s32s")
 _ROW: Final = struct.Struct("<IB3s32s")
 _IDENTITY: Final = struct.Struct("<8sII32s32s")
 ENTRY: Final = struct.Struct("<IQ16sI")
@@ -82,7 +88,7 @@ LAYOUTS: Final = {
         "magic version features uuid generation size group_blocks fanout depth key_generation"
         " clean reserved header_pages journal_pages root_mac root_slot root_position root_place"
         " identity_pages tail_page epoch_count tail_sequence tail_mac table_digest anchors"
-        " reserved2 mac",
+        " rekey_phase old_generation reserved2 rekey_cursor reserved3 mac",
     ),
     "Epoch table": _layout(_ROW, "epoch key_generation reserved salt"),
     "Identity": _layout(_IDENTITY, "magic version content_size checksum mac"),
@@ -109,6 +115,30 @@ def anchor_of(sequence: int, mac: bytes) -> Anchor:
     return Anchor(sequence, mac[:16])
 
 
+def next_generation(generation: int) -> int:
+    """Return the key generation that follows one."""
+    return generation % KEY_GENERATION_MAX + 1
+
+
+class RekeyPhase(IntEnum):
+    """How far the replacement of the image key has come (FORMAT.md 11)."""
+
+    NONE = 0
+    SWEEPING = 1
+    SWEPT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Rekey:
+    """What a superblock says of the replacement of the image key (FORMAT.md 11)."""
+
+    phase: RekeyPhase = RekeyPhase.NONE
+    old_generation: int = 0
+    """The one that is being replaced."""
+    cursor: int = 0
+    """The first group that may hold something under the old key."""
+
+
 @dataclass(frozen=True, slots=True)
 class Superblock:
     """Superblock (FORMAT.md 4.1), without its MAC."""
@@ -129,17 +159,21 @@ class Superblock:
     key_generation: int = 1
     clean: bool = False
     anchors: tuple[Anchor, ...] = ()
+    rekey: Rekey = Rekey()
 
     def encode(self) -> bytes:
         """Return the 480 bytes that the MAC covers."""
         g = self.geometry
         anchors = b"".join(_ANCHOR.pack(a.sequence, a.mac) for a in self.anchors[:ANCHOR_COUNT])
+        rekey = self.rekey
+        features = FEATURE_REKEY if rekey.phase else 0
         packed = _SUPERBLOCK.pack(
-            MAGICS["superblock"], VERSION, 0, self.uuid, self.generation, self.size,
+            MAGICS["superblock"], VERSION, features, self.uuid, self.generation, self.size,
             g.group_blocks, g.fanout, g.depth, self.key_generation, self.clean, 0,
             g.header_pages, g.journal_pages, self.root_mac, self.root_slot, self.root_position,
             self.root_place, g.identity_pages, self.tail_page, self.epoch_count,
-            self.tail_sequence, self.tail_mac, self.table_digest, anchors, b"", b"",
+            self.tail_sequence, self.tail_mac, self.table_digest, anchors, rekey.phase,
+            rekey.old_generation, b"", rekey.cursor, b"", b"",
         )  # fmt: skip
         return packed[:-MAC_SIZE]
 
@@ -156,16 +190,19 @@ class Superblock:
             magic, version, features, uuid, generation, size, group_blocks, fanout, depth,
             key_generation, clean, reserved, header_pages, journal_pages, root_mac, root_slot,
             root_position, root_place, identity_pages, tail_page, epoch_count, tail_sequence,
-            tail_mac, table_digest, anchors, reserved2, _,
+            tail_mac, table_digest, anchors, phase, old_generation, reserved2, cursor, reserved3, _,
         ) = _SUPERBLOCK.unpack(raw[:SUPERBLOCK_SIZE])  # fmt: skip
         if magic != MAGICS["superblock"]:
             raise FormatError(path, "is not a sealed image (no superblock)")
         if version != VERSION:
             raise FormatError(path, f"superblock: format version {version}, this sealfs reads 1")
-        if features:
+        if features & ~FEATURE_REKEY:
             raise FormatError(path, f"superblock: unknown feature bits {features:#x}")
-        if reserved or any(reserved2) or clean > 1:
+        if reserved or any(reserved2) or any(reserved3) or clean > 1:
             raise FormatError(path, "superblock: reserved bytes are not zero")
+        if not key_generation:
+            raise FormatError(path, "superblock: key generation 0")
+        rekey = _rekey_of(phase, old_generation, cursor, features, key_generation, path)
         geometry = Geometry(
             group_blocks=group_blocks,
             fanout=fanout,
@@ -181,7 +218,28 @@ class Superblock:
             epoch_count=epoch_count, table_digest=table_digest, key_generation=key_generation,
             clean=bool(clean),
             anchors=tuple(Anchor(*pair) for pair in _ANCHOR.iter_unpack(anchors) if pair[0]),
+            rekey=rekey,
         )  # fmt: skip
+
+
+def _rekey_of(
+    phase: int, old_generation: int, cursor: int, features: int, key_generation: int, path: str
+) -> Rekey:
+    """Return the fields of a replacement of the image key, which must fit one another."""
+    has_old = phase > RekeyPhase.NONE
+    if (
+        phase > RekeyPhase.SWEPT
+        or bool(phase) != bool(features & FEATURE_REKEY)
+        or has_old != bool(old_generation)
+        or (has_old and next_generation(old_generation) != key_generation)
+        or (cursor and phase != RekeyPhase.SWEEPING)
+    ):
+        raise FormatError(
+            path,
+            f"superblock: rekey phase {phase}, key generations {old_generation} and"
+            f" {key_generation} do not fit one another",
+        )
+    return Rekey(RekeyPhase(phase), old_generation, cursor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +274,9 @@ def decode_table(raw: bytes, path: str) -> list[EpochRow]:
 class Identity:
     """Whose image this is and which key opens it (FORMAT.md 5).
 
-    `wrapped_keys` holds (key generation, image key wrapped under the VM key); these and the
-    recovery slots are the key service's own and opaque here.
+    `wrapped_keys` holds (key generation, image key wrapped under the VM key), two of them while
+    the image key is being replaced; these and the recovery slots are the key service's own and
+    opaque here.
     """
 
     uuid: bytes
@@ -231,8 +290,14 @@ class Identity:
     wrapped_keys: tuple[tuple[int, bytes], ...] = ()
     recovery_slots: tuple[bytes, ...] = ()
 
+    @property
+    def new_generation(self) -> int | None:
+        """The key generation that is to replace the identity's own, None if none is."""
+        others = [each for each, _ in self.wrapped_keys if each != self.key_generation]
+        return others[0] if others else None
+
     def wrapped_key(self, path: str) -> bytes:
-        """Return the wrapped key of the image's key generation.
+        """Return the wrapped key that goes with the identity's MAC.
 
         Raises:
             KeyGone: the image was erased.
@@ -269,6 +334,18 @@ class Identity:
         wrapped = tuple((reader.unpack("<B")[0], reader.prefixed()) for _ in range(reader.count()))
         recovery = tuple(reader.prefixed() for _ in range(reader.count()))
         reader.finish()
+        others = [each for each, _ in wrapped if each != key_generation]
+        if wrapped and (
+            len(wrapped) > WRAPPED_KEYS_MAX
+            or len(others) != len(wrapped) - 1
+            or others not in ([], [next_generation(key_generation)])
+        ):
+            found = ", ".join(str(each) for each, _ in wrapped)
+            raise FormatError(
+                path,
+                f"identity: image keys of generations {found}; expected {key_generation}, or the"
+                " one that follows it too",
+            )
         return cls(
             uuid=uuid, vm_id=vm_id, kmi=kmi, label=label, generation=generation,
             created=created, suite=suite, key_generation=key_generation, wrapped_keys=wrapped,

@@ -10,7 +10,7 @@ Whoever calls this has the image to himself, or drives it as an exclusive operat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ def rewrite_plan(
         IntegrityError: no copy authenticates, so there is nothing to go on from.
     """
     mac_key = Subkeys.derive(image_key, wanted.uuid, wanted.key_generation).identity
-    return _plan(storage, wanted, mac_key, geometry)
+    return plan_of(storage, wanted, {wanted.key_generation: mac_key}, geometry)
 
 
 def current(
@@ -76,8 +76,10 @@ def current(
         IntegrityError: there is none.
     """
     mac_key = Subkeys.derive(image_key, known.uuid, known.key_generation).identity
+    mac_keys = {known.key_generation: mac_key}
     raws = [_read(storage, geometry, index) for index in (0, 1)]
-    return _newest([_decoded(raw, storage.path, known.uuid, mac_key) for raw in raws], storage.path)
+    copies = [_decoded(raw, storage.path, known.uuid, mac_keys) for raw in raws]
+    return _newest(copies, storage.path)
 
 
 def rewrite(
@@ -99,21 +101,34 @@ def erase(storage: Storage, known: Identity, geometry: Geometry = DEFAULT_GEOMET
         FormatError, IntegrityError: no copy of the identity is left to go on from.
     """
     without = replace(known, wrapped_keys=(), recovery_slots=())
-    _, plan = _plan(storage, without, None, geometry)
+    _, plan = plan_of(storage, without, None, geometry)
     execute(storage, plan)
 
 
-def _plan(storage: Storage, wanted: Identity, mac_key: bytes | None, geometry: Geometry) -> Rewrite:
+def plan_of(
+    storage: Storage, wanted: Identity, mac_keys: Mapping[int, bytes] | None, geometry: Geometry
+) -> Rewrite:
+    """As `rewrite_plan`, of an identity that may get another key generation.
+
+    Args:
+        storage: of the image; read only.
+        wanted: its generation is not looked at.
+        mac_keys: by key generation, that of `wanted` among them; None: the image is erased.
+        geometry: of the image.
+
+    Raises:
+        IntegrityError: no copy authenticates under one of them.
+    """
     raws = [_read(storage, geometry, index) for index in (0, 1)]
-    copies = [_decoded(raw, storage.path, wanted.uuid, mac_key) for raw in raws]
+    copies = [_decoded(raw, storage.path, wanted.uuid, mac_keys) for raw in raws]
     newest = _newest(copies, storage.path)
     after = replace(wanted, generation=newest.generation)
     if after != newest:
         after = replace(wanted, generation=newest.generation + 1)
     content = after.encode_content()
     mac = ERASED_MAC
-    if mac_key is not None:
-        mac = mac_of(mac_key, identity_header(content) + content)
+    if mac_keys is not None:
+        mac = mac_of(mac_keys[wanted.key_generation], identity_header(content) + content)
     raw = encode_identity(content, mac)
     room = geometry.identity_pages * BLOCK_SIZE
     assert len(raw) <= room, "identity fits its pages"
@@ -138,10 +153,15 @@ def _newest(copies: Sequence[Identity | None], path: str) -> Identity:
 
 
 def _read(storage: Storage, geometry: Geometry, index: int) -> bytes:
-    return storage.read(geometry.identity_offset(index), geometry.identity_pages * BLOCK_SIZE)
+    # Past the page cache: after a failed write it shows a copy that is not on the disk, and what
+    # is there, an old wrapped key perhaps, would stay.
+    offset = geometry.identity_offset(index)
+    return storage.read_direct(offset, geometry.identity_pages * BLOCK_SIZE)
 
 
-def _decoded(raw: bytes, path: str, uuid: bytes, mac_key: bytes | None) -> Identity | None:
+def _decoded(
+    raw: bytes, path: str, uuid: bytes, mac_keys: Mapping[int, bytes] | None
+) -> Identity | None:
     """Return a copy of this image's identity, None where it does not authenticate."""
     try:
         identity, content, mac = decode_identity(raw, path)
@@ -149,5 +169,10 @@ def _decoded(raw: bytes, path: str, uuid: bytes, mac_key: bytes | None) -> Ident
         return None
     if identity.generation >= GENERATION_MAX or identity.uuid != uuid:
         return None
-    expected = mac if mac_key is None else mac_of(mac_key, identity_header(content) + content)
+    if mac_keys is None:
+        return identity
+    mac_key = mac_keys.get(identity.key_generation)
+    if mac_key is None:
+        return None
+    expected = mac_of(mac_key, identity_header(content) + content)
     return identity if same_mac(mac, expected) else None

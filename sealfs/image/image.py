@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from sealfs.image import identity as identities
 from sealfs.image.cache import BlockCache
 from sealfs.image.cipher import SealHook
 from sealfs.image.committer import SMALL_COMMIT_BLOCKS, Committer
-from sealfs.image.format import Anchor, Identity
+from sealfs.image.format import Anchor, Identity, RekeyPhase, next_generation
 from sealfs.image.layout import (
     BLOCK_SIZE,
     ENTRY_SIZE,
@@ -34,15 +35,22 @@ from sealfs.image.layout import (
 from sealfs.image.outbox import Outbox
 from sealfs.image.plan import Buffer
 from sealfs.image.reader import ATTEMPTS_MAX, UNSURE, Reader
-from sealfs.image.recovery import Witness
+from sealfs.image.recovery import ImageKeys, Witness
 from sealfs.image.steps import Steps, run
 from sealfs.image.storage import Storage, execute
+from sealfs.image.sweep import PART_BLOCKS_MAX, Sweep, Swept
 from sealfs.image.tree import NO_SLOT
 from sealfs.image.volume import FREED_SLOTS_MAX, REPLAY_PAGES_MAX, Volume
 
 HEAD_PAGES_MAX = 2  # of the record of a small commit
 PREALLOCATE_GROUPS = 64
 """Groups that get their slots in one record."""
+
+ROWS_FOR_RECOVERY = 1
+"""Rows of the epoch table that are kept for a recovery: an image must always open."""
+ROWS_KEPT = ROWS_FOR_RECOVERY + 2
+"""What writes leave: a sweep, which makes room in the table, needs a row to seal under, and one
+more where it was cut short and recovered."""
 
 ROOM_WAIT = 0.01
 ROOM_ATTEMPTS_MAX = 3000
@@ -72,6 +80,7 @@ class SealedImage:
         self._cache = cache.attach()
         self._reader = Reader(volume, self._cache)
         self._committer = Committer(volume, self._cache, self._reader)
+        self._sweep = Sweep(volume, self._cache, self._reader, self._committer, self._guarded)
         self._is_closed = False
 
     # -- making and opening
@@ -95,7 +104,7 @@ class SealedImage:
 
     @classmethod
     def open(
-        cls, storage: Storage, *, image_key: Buffer, cache: BlockCache,
+        cls, storage: Storage, *, image_key: ImageKeys, cache: BlockCache,
         random: Callable[[int], bytes] = os.urandom,
         geometry: Geometry = recovery.DEFAULT_GEOMETRY, read_only: bool = False,
         record_roots: bool = False, on_seal: SealHook | None = None,
@@ -193,6 +202,7 @@ class SealedImage:
             "journal_used_pages": volume.journal.used_pages,
             "epochs": len(volume.table.rows),
             "epochs_max": volume.table.rows_max,
+            "rekey": self.rekey_progress,
             "slots": volume.allocator.slot_count,
             "slots_used": volume.allocator.busy_count,
             "slot_size": volume.geometry.slot_size,
@@ -414,10 +424,9 @@ class SealedImage:
             and self._tree.leaf(group) is None
         ]
 
-    def _check_writable(self) -> None:
+    def _check_writable(self, rows_kept: int = ROWS_KEPT) -> None:
         self._check_flushable()
-        # One row of the epoch table is kept for a recovery: an image must always open.
-        self._volume.table.check_room(1 + self._volume.cipher.is_nearly_spent)
+        self._volume.table.check_room(rows_kept + self._volume.cipher.is_nearly_spent)
         self._volume.space.reserve_metadata()
 
     def _check_flushable(self) -> None:
@@ -626,12 +635,109 @@ class SealedImage:
         """
         return (yield from check.check_part_steps(self._volume, start, count, data=data))
 
-    def rewrite_identity_steps(self, wanted: Identity, image_key: Buffer) -> Steps[None]:
-        """Write the identity anew (see `identity.rewrite_plan`); durable on return, exclusive."""
-        self._check_flushable()
-        after, plan = yield partial(
-            identities.rewrite_plan, self._storage, wanted, image_key, self._geometry
+    # -- another image key, fewer epochs (FORMAT.md 11)
+
+    @property
+    def is_rekeying(self) -> bool:
+        """Whether the image key is being replaced; `rekey_part_steps` goes on with it."""
+        return bool(self.identity.new_generation or self._volume.superblock.rekey.phase)
+
+    @property
+    def rekey_sizes(self) -> tuple[int, int]:
+        """Bytes of the disk that a rekey is done with, and of all; group by group."""
+        done = total = self._tree.group_count()
+        if self._volume.superblock.rekey.phase < RekeyPhase.SWEPT:
+            done -= self._tree.group_count(self._volume.cursor)
+        return done * self.group_size, total * self.group_size
+
+    @property
+    def rekey_progress(self) -> dict[str, int] | None:
+        """The same for people and programs, None where no rekey is under way."""
+        if not self.is_rekeying:
+            return None
+        return dict(zip(("done", "total"), self.rekey_sizes, strict=True))
+
+    @property
+    def wants_retirement(self) -> bool:
+        """Whether the epoch table runs low; `retire_part_steps` makes room in it."""
+        return not self.read_only and not self.is_rekeying and self._sweep.wants_retirement
+
+    def begin_rekey_steps(self, wrapped: bytes, image_key: Buffer) -> Steps[None]:
+        """Put the next image key into the identity, beside the present one; exclusive.
+
+        Durable on return, in both copies. `rekey_part_steps` does the rest.
+
+        Args:
+            wrapped: the key as the identity keeps it.
+            image_key: 32 fresh random bytes; copied, the caller may wipe them.
+
+        Raises:
+            Busy: one is being replaced already.
+            BlockDamaged: a node page is lost, what it covers cannot be sealed again.
+            NoSpace: the epoch table is full.
+        """
+        self._check_writable(ROWS_FOR_RECOVERY + 1)
+        if self.is_rekeying:
+            raise Busy(self.path, "its image key is being replaced already")
+        self._tree.check_lost(0, self._geometry.group_count_max * self._geometry.group_blocks)
+        known = self.identity
+        generation = next_generation(known.key_generation)
+        self._volume.cipher.add_image_key(generation, image_key)
+        keys = (*known.wrapped_keys, (generation, wrapped))
+        yield from self.rewrite_identity_steps(replace(known, wrapped_keys=keys))
+
+    def rekey_part_steps(self, blocks_max: int = PART_BLOCKS_MAX) -> Steps[Swept]:
+        """Go on with the replacement of the image key; durable on return, exclusive.
+
+        When the answer says that it is done, nothing in the image is under the old key, which is
+        overwritten in both copies of the identity.
+
+        Raises:
+            BlockDamaged: what is left does not verify.
+            NoSpace: the storage, or the epoch table, is full.
+        """
+        self._check_writable(ROWS_FOR_RECOVERY)
+        volume = self._volume
+        if volume.superblock.rekey.phase < RekeyPhase.SWEEPING:
+            volume.table.check_room(ROWS_FOR_RECOVERY + 1)
+            # Both copies must have the next key before anything is under it.
+            yield from self.rewrite_identity_steps(self.identity)
+            yield from self._guarded(self._sweep.switch_steps())
+            return Swept(0, 0)
+        if volume.superblock.rekey.phase is RekeyPhase.SWEEPING:
+            swept = yield from self._sweep.rekey_part_steps(blocks_max)
+            if not swept.is_done:
+                return swept
+            yield from self._guarded(volume.checkpoint_steps(phase=RekeyPhase.SWEPT))
+        # Both superblocks, or one damaged sector would call for the key that is about to go.
+        yield from self._guarded(volume.checkpoint_steps())
+        # Crash here: nothing needs the old key; the identity is written again at the next open.
+        generation = volume.superblock.key_generation
+        keys = tuple(each for each in self.identity.wrapped_keys if each[0] == generation)
+        yield from self.rewrite_identity_steps(
+            replace(self.identity, key_generation=generation, wrapped_keys=keys)
         )
+        # Crash here: both copies have the new key alone, and the superblock says what was done.
+        old = volume.superblock.rekey.old_generation
+        yield from self._guarded(volume.checkpoint_steps(phase=RekeyPhase.NONE))
+        volume.forget_generation(old)
+        return Swept(0, 0, is_done=True, what="nothing is under the old image key any more")
+
+    def retire_part_steps(self, blocks_max: int = PART_BLOCKS_MAX) -> Steps[Swept]:
+        """Go on to make room in the epoch table; exclusive. See `Sweep.retire_part_steps`.
+
+        Raises:
+            NoSpace: the storage, or the epoch table, is full.
+        """
+        self._check_writable(ROWS_FOR_RECOVERY)
+        return (yield from self._sweep.retire_part_steps(blocks_max))
+
+    def rewrite_identity_steps(self, wanted: Identity) -> Steps[None]:
+        """Write the identity anew (see `identity.plan_of`); durable on return, exclusive."""
+        self._check_flushable()
+        cipher = self._volume.cipher
+        keys = {each: cipher.subkeys(each).identity for each in cipher.generations}
+        after, plan = yield partial(identities.plan_of, self._storage, wanted, keys, self._geometry)
 
         def write_steps() -> Steps[None]:
             yield partial(execute, self._storage, plan)
@@ -718,9 +824,21 @@ class SealedImage:
         """As `check_steps`."""
         return run(self.check_steps(data=data))
 
-    def rewrite_identity(self, wanted: Identity, image_key: Buffer) -> None:
+    def rewrite_identity(self, wanted: Identity) -> None:
         """As `rewrite_identity_steps`."""
-        run(self.rewrite_identity_steps(wanted, image_key))
+        run(self.rewrite_identity_steps(wanted))
+
+    def begin_rekey(self, wrapped: bytes, image_key: Buffer) -> None:
+        """As `begin_rekey_steps`."""
+        run(self.begin_rekey_steps(wrapped, image_key))
+
+    def rekey_part(self, blocks_max: int = PART_BLOCKS_MAX) -> Swept:
+        """As `rekey_part_steps`."""
+        return run(self.rekey_part_steps(blocks_max))
+
+    def retire_part(self, blocks_max: int = PART_BLOCKS_MAX) -> Swept:
+        """As `retire_part_steps`."""
+        return run(self.retire_part_steps(blocks_max))
 
     def close(self) -> None:
         """As `close_steps`."""

@@ -155,8 +155,8 @@ class Rebuilder:
             for place in (0, 1):
                 page = self._read(self._geometry.node_offset(slot, position, place))
                 if len(page) == BLOCK_SIZE and any(page):
-                    mac = self._mac(level - 1, index * self._fanout + i, page)
-                    found[Child(mac, slot, position, place)] = page
+                    for mac in self._macs_of(level - 1, index * self._fanout + i, page):
+                        found[Child(mac, slot, position, place)] = page
         return found
 
     def _leaves(self, lowest: dict[NodeRef, list[Node]]) -> dict[int, dict[Child, bytes]]:
@@ -181,8 +181,8 @@ class Rebuilder:
                 likely = [*sorted(hints.get(slot, ())), *range(last, last + 3)]
                 group = self._group_of(slot, page, likely, groups, known)
                 if group is not None:
-                    child = Child(self._macs.leaf(group, page), slot, 0, place)
-                    found.setdefault(group, {})[child] = page
+                    for mac in self._macs_of(0, group, page):
+                        found.setdefault(group, {})[Child(mac, slot, 0, place)] = page
                     last = group
         return found
 
@@ -203,7 +203,7 @@ class Rebuilder:
     ) -> int | None:
         """Return the group of a leaf page: its MAC stands where it should, or a block opens."""
         for group in likely:
-            if self._macs.leaf(group, page) in known:
+            if any(mac in known for mac in self._macs_of(0, group, page)):
                 return group
         if page == EMPTY_LEAF:
             return None
@@ -267,16 +267,17 @@ class Rebuilder:
             return b""
         for place in (0, 1):
             page = self._read(geometry.node_offset(node.slots[i], node.positions[i], place))
-            if len(page) == BLOCK_SIZE and self._mac(node.level - 1, index, page) == node.mac(i):
+            macs = self._macs_of(node.level - 1, index, page)
+            if len(page) == BLOCK_SIZE and node.mac(i) in macs:
                 return page
         return b""
 
-    def _mac(self, level: int, index: int, page: bytes) -> bytes:
+    def _macs_of(self, level: int, index: int, page: bytes) -> list[bytes]:
+        """Return the MACs that a page may be known by: one, or one under each of two keys."""
         if level == 0:
-            return self._macs.leaf(index, page)
-        return self._macs.node(
-            level, index, Node.decode(level, index, self._fanout, page).columns()
-        )
+            return [macs.leaf(index, page) for macs in self._macs.accepted]
+        columns = Node.decode(level, index, self._fanout, page).columns()
+        return [macs.node(level, index, columns) for macs in self._macs.accepted]
 
     # -- guessing
 

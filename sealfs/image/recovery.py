@@ -6,9 +6,9 @@ Waits for the disk throughout; a mount calls it in a worker thread.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from sealfs.errors import FormatError, IntegrityError, SealfsError
 from sealfs.image.cipher import (
@@ -26,6 +26,7 @@ from sealfs.image.format import (
     Anchor,
     EpochRow,
     Identity,
+    RekeyPhase,
     Superblock,
     anchor_of,
     decode_identity,
@@ -43,10 +44,13 @@ from sealfs.image.storage import Storage, execute
 from sealfs.image.tree import Tree
 from sealfs.image.volume import Volume, encode_superblock, superblock_is_authentic
 
+ImageKeys: TypeAlias = Buffer | Mapping[int, Buffer]
+"""An image's only key, or one for each key generation that its identity has one of."""
+
 DEFAULT_GEOMETRY = Geometry()
 _ZEROS_SIZE = 1 << 20
-_ROWS_WANTED = 2
-"""Rows of the epoch table that an opening may need: for its writes, and for a recovery after it."""
+_ROWS_WANTED = 4
+"""Rows of the epoch table that an opening may need: for its writes, and those that they leave."""
 _READ_SIZE = 1 << 22
 
 
@@ -129,7 +133,10 @@ def _identities(storage: Storage, geometry: Geometry) -> list[tuple[Identity, by
     found: list[tuple[Identity, bytes, bytes]] = []
     failures: list[SealfsError] = []
     for copy in (0, 1):
-        raw = storage.read(geometry.identity_offset(copy), geometry.identity_pages * BLOCK_SIZE)
+        # Past the page cache, as its writers read it: after a failed write that shows a copy which
+        # is not on the disk, and that may name a key which no copy there is authenticated by.
+        size = geometry.identity_pages * BLOCK_SIZE
+        raw = storage.read_direct(geometry.identity_offset(copy), size)
         try:
             found.append(decode_identity(raw, storage.path))
         except (FormatError, IntegrityError) as exc:
@@ -177,7 +184,7 @@ returns what it remembers, which the image names in its superblocks from then on
 
 
 def open_volume(
-    storage: Storage, *, image_key: Buffer, random: Callable[[int], bytes],
+    storage: Storage, *, image_key: ImageKeys, random: Callable[[int], bytes],
     geometry: Geometry = DEFAULT_GEOMETRY, read_only: bool = False,
     record_roots: bool = False, on_seal: SealHook | None = None,
     witness: Witness | None = None,
@@ -185,7 +192,7 @@ def open_volume(
     """Verify an image, bring it up to date, and return it with its verified identity.
 
     Nothing is written before everything that is needed has been verified; nothing at all when
-    `read_only`, or when there is nothing to recover. The key is copied: the caller may wipe his.
+    `read_only`, or when there is nothing to recover. Keys are copied: the caller may wipe his.
 
     Raises:
         FormatError: not a sealed image, or one this sealfs cannot read.
@@ -203,12 +210,15 @@ def open_volume(
             f"is cut off: {storage.size()} bytes, its headers and journal alone take"
             f" {geometry.slots_offset}",
         )
-    identity = _verified_identity(storage, superblock, keys)
     rows = _epoch_rows(storage, superblock, copy)
     table = EpochTable(rows, geometry.table_rows_max, path)
-    image_keys = {superblock.key_generation: bytearray(image_key)}
+    image_keys = _copies_of(image_key, superblock)
     cipher = BlockCipher(image_keys, superblock.uuid, path, rows, on_seal)
-    macs = TreeMacs(keys.tree, superblock.uuid)
+    old_key = None
+    if superblock.rekey.phase is RekeyPhase.SWEEPING:
+        old_key = cipher.subkeys(_old_generation(superblock, cipher, path)).tree
+    identity = _verified_identity(storage, superblock, cipher)
+    macs = TreeMacs(keys.tree, superblock.uuid, old_key)
     journal = _read_journal(storage, superblock)
     scanned = scan(
         lambda page, count: bytes(journal[page * BLOCK_SIZE : (page + count) * BLOCK_SIZE]),
@@ -365,8 +375,26 @@ def _finish_recovery(volume: Volume, journal: memoryview) -> None:
     run(volume.checkpoint_steps(new_epoch=True))
 
 
+def _copies_of(image_key: ImageKeys, superblock: Superblock) -> dict[int, bytearray]:
+    if isinstance(image_key, Mapping):
+        return {generation: bytearray(key) for generation, key in image_key.items()}
+    return {superblock.key_generation: bytearray(image_key)}
+
+
+def _old_generation(superblock: Superblock, cipher: BlockCipher, path: str) -> int:
+    """Return the key generation that is being replaced, whose key is still needed."""
+    old = superblock.rekey.old_generation
+    if old not in cipher.generations:
+        raise IntegrityError(
+            path,
+            f"is half under key generation {old}, half under {superblock.key_generation}, and its"
+            f" identity has no key of generation {old} (altered outside sealfs)",
+        )
+    return old
+
+
 def _live_superblock(
-    storage: Storage, image_key: Buffer, geometry: Geometry
+    storage: Storage, image_key: ImageKeys, geometry: Geometry
 ) -> tuple[Superblock, int, bytes, Subkeys]:
     found: list[tuple[Superblock, int, bytes, Subkeys]] = []
     failures: list[FormatError] = []
@@ -379,7 +407,14 @@ def _live_superblock(
             failures.append(exc)
             continue
         decoded += 1
-        keys = Subkeys.derive(image_key, superblock.uuid, superblock.key_generation)
+        key: Buffer | None
+        if isinstance(image_key, Mapping):
+            key = image_key.get(superblock.key_generation)
+        else:
+            key = image_key
+        if key is None:
+            continue
+        keys = Subkeys.derive(key, superblock.uuid, superblock.key_generation)
         if superblock_is_authentic(raw, keys):
             found.append((superblock, copy, raw, keys))
     if not found:
@@ -405,10 +440,22 @@ def _live_superblock(
     return live
 
 
-def _verified_identity(storage: Storage, superblock: Superblock, keys: Subkeys) -> Identity:
+def _verified_identity(storage: Storage, superblock: Superblock, cipher: BlockCipher) -> Identity:
+    """Return the newest copy of the identity that authenticates (FORMAT.md 5, 11.3).
+
+    An identity whose MAC is under a key that was replaced is one that was put back.
+    """
+    rekey = superblock.rekey
+    own = superblock.key_generation
+    allowed = {
+        RekeyPhase.SWEEPING: {rekey.old_generation},
+        RekeyPhase.SWEPT: {rekey.old_generation, own},
+    }.get(rekey.phase, {own}) & cipher.generations
     for identity, content, mac in _identities(storage, superblock.geometry):
-        message = identity_header(content) + content
-        if same_mac(mac_of(keys.identity, message), mac) and identity.uuid == superblock.uuid:
+        if identity.key_generation not in allowed or identity.uuid != superblock.uuid:
+            continue
+        key = cipher.subkeys(identity.key_generation).identity
+        if same_mac(mac_of(key, identity_header(content) + content), mac):
             return identity
     raise IntegrityError(storage.path, "identity does not authenticate (altered outside sealfs)")
 
@@ -421,8 +468,24 @@ def _epoch_rows(storage: Storage, superblock: Superblock, copy: int) -> list[Epo
         pages = storage.read_direct(geometry.table_offset(candidate), padded) if size else b""
         raw = pages[:size]
         if same_mac(hashlib.sha256(raw).digest(), superblock.table_digest):
-            return decode_table(raw, storage.path)
+            return _checked_rows(decode_table(raw, storage.path), superblock, storage.path)
     raise IntegrityError(storage.path, "epoch table does not authenticate")
+
+
+def _checked_rows(rows: list[EpochRow], superblock: Superblock, path: str) -> list[EpochRow]:
+    """Refuse rows of a key generation that has nothing in the image."""
+    allowed = {superblock.key_generation}
+    if superblock.rekey.phase is RekeyPhase.SWEEPING:
+        allowed.add(superblock.rekey.old_generation)
+    for row in rows:
+        if row.key_generation not in allowed:
+            expected = " or ".join(map(str, sorted(allowed)))
+            raise FormatError(
+                path,
+                f"epoch table: epoch {row.epoch} is of key generation {row.key_generation},"
+                f" expected {expected}",
+            )
+    return rows
 
 
 def _occupy_slots(volume: Volume) -> None:

@@ -20,6 +20,7 @@ from sealfs.errors import BlockDamaged, StorageFailed
 from sealfs.image.cipher import TreeMacs, same_mac
 from sealfs.image.format import NO_MAC, TREE_MAC_SIZE
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, Geometry
+from sealfs.image.plan import Buffer
 
 LEAVES_MAX = 4096
 """Leaf pages kept in memory for one image, unless more are changed: 16 MiB, 2 GiB of disk."""
@@ -201,10 +202,11 @@ class Tree:
 
     def is_proven(self, ref: NodeRef, node: Node) -> bool:
         """Whether a node is the one that is referred to."""
-        mac = self._macs.node(ref.level, ref.index, node.columns())
-        if ref.level == self._geometry.depth:
-            mac = self._macs.root(self._size, mac)
-        return same_mac(mac, ref.mac)
+        return any(same_mac(self._mac_of(ref, node, macs), ref.mac) for macs in self._macs.accepted)
+
+    def _mac_of(self, ref: NodeRef, node: Node, macs: TreeMacs) -> bytes:
+        mac = macs.node(ref.level, ref.index, node.columns())
+        return macs.root(self._size, mac) if ref.level == self._geometry.depth else mac
 
     def _add(self, node: Node) -> list[NodeRef]:
         """Take in a node that is proven; return what it refers to."""
@@ -267,6 +269,14 @@ class Tree:
                 if node.present[i]:
                     yield index * self._fanout + i
 
+    def group_count(self, first: int = 0) -> int:
+        """Return how many groups have a slot, from `first` on."""
+        count = 0
+        for index, node in self.nodes[1].copy().items():
+            start = min(max(first - index * self._fanout, 0), self._fanout)
+            count += node.present.count(1, start)
+        return count
+
     def chunks(self) -> dict[int, list[int]]:
         """Return the node chunks in use: slot to positions."""
         chunks: dict[int, list[int]] = {}
@@ -287,7 +297,40 @@ class Tree:
 
     def verify_leaf(self, group: int, page: bytes, mac: bytes) -> bool:
         """Whether a page read from the disk is the leaf page with that MAC."""
-        return len(page) == BLOCK_SIZE and same_mac(self._macs.leaf(group, page), mac)
+        return len(page) == BLOCK_SIZE and any(
+            same_mac(macs.leaf(group, page), mac) for macs in self._macs.accepted
+        )
+
+    def is_under_new_key(self, group: int, page: Buffer) -> bool:
+        """Whether a leaf page's MAC is one under the present key, or will be: it is changed."""
+        mac = self.leaf_source(group)[2]
+        return group in self._stale_leaves or same_mac(self._macs.leaf(group, page), mac)
+
+    def renew_nodes(self) -> bool:
+        """Have the next `refresh` compute every node's MAC that is under an old key.
+
+        Call after a checkpoint; the root is the superblock's business. Returns whether there was
+        one.
+        """
+        old = [
+            node
+            for level in self.nodes[1 : self._geometry.depth]
+            for node in level.values()
+            if not self._is_node_under_new_key(node)
+        ]
+        for node in old:
+            self._mark_node(node)
+        return bool(old)
+
+    def _is_node_under_new_key(self, node: Node) -> bool:
+        parent = self.nodes[node.level + 1][node.index // self._fanout]
+        mac = self._macs.node(node.level, node.index, node.columns())
+        return same_mac(mac, parent.mac(node.index % self._fanout))
+
+    def forget_leaf(self, group: int) -> None:
+        """Let a leaf page go that came into memory in passing, unless it is changed."""
+        if group not in self._changed_leaves:
+            self.leaves.pop(group, None)
 
     def admit_leaf(self, group: int, page: bytes, place: int, mac: bytes) -> bytearray | None:
         """Keep a verified leaf page, unless the group has moved on since it was read."""

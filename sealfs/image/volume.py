@@ -33,8 +33,11 @@ from sealfs.image.format import (
     LOST,
     SUPERBLOCK_SIZE,
     Anchor,
+    Rekey,
+    RekeyPhase,
     Superblock,
     encode_table,
+    next_generation,
 )
 from sealfs.image.journal import Journal, Tail, encode_record
 from sealfs.image.layout import (
@@ -105,6 +108,8 @@ class Volume:
         """Groups whose leaf page was damaged where a record needed it."""
         self.pins: tuple[Anchor, ...] = ()
         """States that somebody remembers, or is about to: every superblock names them."""
+        self.cursor = superblock.rekey.cursor
+        """First group that may hold something under the old image key, in a rekey."""
         self.inline: dict[int, int] = {}
         """Block to file offset of its newest inline payload, where that is not home yet."""
         self._live_copy = live_copy
@@ -400,18 +405,25 @@ class Volume:
         """Whether the live superblock is behind."""
         return self.journal.used_pages > 0 or self.tree.is_changed
 
-    def checkpoint_steps(self, *, new_epoch: bool = False, clean: bool = False) -> Steps[None]:
+    def checkpoint_steps(
+        self, *, new_epoch: bool = False, clean: bool = False, phase: RekeyPhase | None = None
+    ) -> Steps[None]:
         """Bring tree and superblock up to date and free the journal.
 
         Args:
             new_epoch: draw one and seal under it from now on.
             clean: the image is being closed in order.
+            phase: of a replacement of the image key, from now on (FORMAT.md 11); None: as it was.
+                SWEEPING takes the next key into use, which the cipher has; with a new epoch.
         """
         self.space.reserve_nodes(self.tree.unplaced_nodes_max())
         pins = self.pins  # as of the frozen state: who remembers a state from now on takes its tail
-        superblock, raw = yield lambda: self._write_checkpoint(new_epoch, clean, pins)
+        keys = self._keys
+        if phase is RekeyPhase.SWEEPING:
+            keys = self.cipher.subkeys(next_generation(self.superblock.key_generation))
+        superblock, raw = yield lambda: self._write_checkpoint(new_epoch, clean, pins, phase, keys)
         self.tree.settle()
-        self.superblock, self._live_raw = superblock, raw
+        self.superblock, self._live_raw, self._keys = superblock, raw, keys
         self._live_copy = 1 - self._live_copy
         if new_epoch:
             self.cipher.begin_epoch(self.table.rows[-1])
@@ -419,14 +431,37 @@ class Volume:
         self.journal.release()
         yield from self.space.reclaim_steps(clean=clean)
 
-    def _write_checkpoint(
-        self, new_epoch: bool, clean: bool, pins: tuple[Anchor, ...]
-    ) -> tuple[Superblock, bytes]:
+    def _rekey_at(self, phase: RekeyPhase | None) -> tuple[Rekey, int]:
+        """Return what the next superblock says of a rekey, and the key generation of its MACs."""
         old = self.superblock
+        match phase:
+            case None if old.rekey.phase is RekeyPhase.SWEEPING:
+                return replace(old.rekey, cursor=self.cursor), old.key_generation
+            case None:
+                return old.rekey, old.key_generation
+            case RekeyPhase.SWEEPING:
+                return Rekey(phase, old.key_generation), next_generation(old.key_generation)
+            case RekeyPhase.SWEPT:
+                return Rekey(phase, old.rekey.old_generation), old.key_generation
+            case _:
+                return Rekey(phase), old.key_generation
+
+    def _write_checkpoint(
+        self, new_epoch: bool, clean: bool, pins: tuple[Anchor, ...], phase: RekeyPhase | None,
+        keys: Subkeys,
+    ) -> tuple[Superblock, bytes]:  # fmt: skip
+        old = self.superblock
+        rekey, key_generation = self._rekey_at(phase)
+        if phase is RekeyPhase.SWEEPING:
+            # The root, and whatever is computed from here on, is under the new key; pages that
+            # are as they were are authentic by the MAC that their parents have (FORMAT.md 11.2).
+            self._macs.begin(keys.tree)
+        if phase is RekeyPhase.SWEPT:
+            self.table.keep_generation(key_generation)
         if new_epoch:
             if self.table.is_nearly_full:
                 self.compact_table()
-            self.table.draw(old.key_generation, self._random)
+            self.table.draw(key_generation, self._random)
         root_mac = self.tree.refresh(self.size)
         for slot, position in self.tree.gone_nodes:
             self.allocator.free_node(slot, position)
@@ -458,10 +493,12 @@ class Volume:
             tail_mac=tail.mac,
             epoch_count=len(self.table.rows),
             table_digest=hashlib.sha256(rows).digest(),
+            key_generation=key_generation,
             clean=clean,
             anchors=anchors,
+            rekey=rekey,
         )
-        raw = encode_superblock(superblock, self._keys)
+        raw = encode_superblock(superblock, keys)
         self._fence_after_sleep()
         execute(self.storage, plan)
         self._fence()
@@ -470,6 +507,11 @@ class Volume:
         # Crash here: wholly old or wholly new superblock; both describe the same blocks.
         execute(self.storage, [(Step.DURABLE, offset, [page])])
         return superblock, raw
+
+    def forget_generation(self, old: int) -> None:
+        """Wipe the image key that was replaced, and accept nothing under it any more."""
+        self._macs.forget_old()
+        self.cipher.forget_generation(old, self.table.rows)
 
     def _table_plan(self) -> WritePlan:
         """Bring the copy of the epoch table that is not live up to date, where it differs."""

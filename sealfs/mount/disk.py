@@ -14,6 +14,7 @@ What is driven is never cancelled (see workers.py).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -24,18 +25,22 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import trio
 
-from sealfs.errors import Busy, NotFound
+from sealfs.errors import Busy, NotFound, ReadOnly
 from sealfs.image.plan import Buffer
 from sealfs.image.steps import run
+from sealfs.mount.imagekeys import next_key
 from sealfs.mount.workers import Workers
 
 if TYPE_CHECKING:
     from sealfs.image.check import Part
     from sealfs.image.format import Anchor
     from sealfs.image.image import SealedImage
+    from sealfs.image.sweep import Swept
     from sealfs.keys.statedir import ImageLock
+    from sealfs.mount.imagekeys import MakesKeys
 
 CHECK_GROUPS = 4  # verified in one go: 2 MiB, some milliseconds in which no flush begins
+SWEEP_BLOCKS = 128  # sealed again in one go: a group, some milliseconds
 LOCK_WAIT = 5.0  # seconds for another process to let go of an image
 LOCK_RETRY = 0.05  # seconds between two tries
 FLUSH_HERE_MAX = 0.002  # seconds that a flush may hold up the lane
@@ -51,7 +56,7 @@ def deleted(path: Path) -> Path:
 
 
 class Opened(NamedTuple):
-    """An image just opened. The image reads `image_key` as long as it is open; wiped after that.
+    """An image just opened.
 
     `fd` is the sealed file's, the image's own: good for fstat and the like as long as it is open.
     `lock` keeps copies of the image from being opened; let go of after closing.
@@ -59,7 +64,6 @@ class Opened(NamedTuple):
 
     image: SealedImage
     vm_id: str
-    image_key: bytearray
     fd: int
     lock: ImageLock | None = None
 
@@ -68,7 +72,7 @@ class ImageOpener(Protocol):
     """Opens sealed files, and remembers them; blocking, called in worker threads."""
 
     def open(self, path: Path) -> Opened:
-        """Return the open image, its VM id and key; see opener.py for what it raises."""
+        """Return the open image and its VM id; see opener.py for what it raises."""
 
     def note(self, images: Mapping[bytes, Anchor]) -> None:
         """Have the host remember how far images have come, by uuid; durable on return."""
@@ -114,7 +118,6 @@ class Disk:
         self._workers = workers
         self._on_durable = on_durable
         self._on_closing = on_closing
-        self._image_key = bytearray()
         self._lock: ImageLock | None = None
         self._next_flush: _Flush | None = None
 
@@ -255,6 +258,52 @@ class Disk:
             )
         return part
 
+    @property
+    def wants_sweep(self) -> bool:
+        """Whether blocks are to be sealed again: a rekey goes on, or the epoch table runs low."""
+        image = self.image
+        if image is None or self.is_closing or self.is_unlinked:
+            return False
+        if image.read_only or image.poisoned:
+            return False
+        return image.is_rekeying or image.wants_retirement
+
+    async def begin_rekey(self, keys: MakesKeys) -> None:
+        """Give the image its next key, unless it has it already; durable on return.
+
+        Raises:
+            ReadOnly: the image is open for reading.
+            SealfsError: whatever the key service or the image says; nothing has changed.
+        """
+        async with self.exclusive:
+            image = self.opened
+            if image.read_only:
+                raise ReadOnly(self.path, "is open for reading only")
+            if image.is_rekeying:
+                return
+            lending = next_key(keys, image.identity, self.path)
+            with contextlib.ExitStack() as stack:
+                new = await self._workers.run(partial(stack.enter_context, lending))
+                await self._workers.drive(image.begin_rekey_steps(new.wrapped, new.key))
+
+    async def sweep_part(self, *, is_forced: bool = False) -> Swept | None:
+        """Seal a few blocks again, if there is any reason to; None where there is none.
+
+        Args:
+            is_forced: make room in the epoch table though it does not run low.
+        """
+        async with self.exclusive:
+            image = self.image
+            if image is None or not (self.wants_sweep or is_forced):
+                return None
+            if image.is_rekeying:
+                steps = image.rekey_part_steps(SWEEP_BLOCKS)
+            else:
+                steps = image.retire_part_steps(SWEEP_BLOCKS)
+            swept: Swept = await self._workers.drive(steps)
+            self.committed_at = time.monotonic()
+        return swept
+
     async def rewrite_identity(
         self,
         generation: int,
@@ -280,8 +329,7 @@ class Disk:
                 wrapped_keys=known.wrapped_keys if wrapped is None else wrapped,
                 recovery_slots=slots,
             )
-            steps = self.opened.rewrite_identity_steps(wanted, self._image_key)
-            await self._workers.drive(steps)
+            await self._workers.drive(self.opened.rewrite_identity_steps(wanted))
         return True
 
     async def seek(self, offset: int, whence: int) -> int | None:
@@ -307,7 +355,7 @@ class Disk:
                         raise
                     await trio.sleep(LOCK_RETRY)
                 else:
-                    self.image, self.vm_id, self._image_key, self.fd, self._lock = opened
+                    self.image, self.vm_id, self.fd, self._lock = opened
                     self.noted = self.noting = None
                     self.is_unlinked = False
 
@@ -345,6 +393,5 @@ class Disk:
             self.image = None
             self.fd = -1
             self.is_closing = False
-            self._image_key[:] = bytes(len(self._image_key))
             if self._lock is not None:
                 self._lock.close()

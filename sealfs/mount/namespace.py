@@ -28,7 +28,7 @@ import trio
 from sealfs.errors import AlreadyExists, NotFound, UsageError
 from sealfs.mount import attributes, names
 from sealfs.mount.attributes import Attributes
-from sealfs.mount.disk import FileKey
+from sealfs.mount.disk import Disk, FileKey
 from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
 from sealfs.mount.files import Files, guarded
@@ -81,6 +81,19 @@ class Namespace(Files):
         """Files and directories that the kernel has in mind."""
         return len(self._nodes)
 
+    async def acquire(self, path: Path) -> Disk:
+        """Open an image that is to be changed, for a command; the caller gives its handle back.
+
+        Raises:
+            SealfsError: it could not be opened, or the mount is read-only.
+        """
+        self._refuse_read_only()
+        try:
+            status = await self._run(path.lstat)
+        except FileNotFoundError:
+            raise NotFound(path, "no such sealed image") from None
+        return await self._disks.acquire((status.st_dev, status.st_ino), path)
+
     async def resize(self, path: Path, size: int, *, may_shrink: bool) -> None:
         """Set the size of a plain file for a command, opening the image if need be.
 
@@ -90,20 +103,14 @@ class Namespace(Files):
             UsageError: it would shrink, and may not.
             SealfsError: it could not be opened or resized.
         """
-        self._refuse_read_only()
-        try:
-            status = await self._run(path.lstat)
-        except FileNotFoundError:
-            raise NotFound(path, "no such sealed image") from None
-        key = (status.st_dev, status.st_ino)
-        disk = await self._disks.acquire(key, path)
+        disk = await self.acquire(path)
         try:
             if size < disk.size and not may_shrink:
                 raise UsageError(path, f"has {disk.size} bytes, more than {size}: would be cut off")
             await disk.resize(size)
         finally:
             self._disks.release(disk)
-        node = self._nodes.by_key(key)
+        node = self._nodes.by_key(disk.key)
         if node is not None:
             self.attributes_changed(node.inode)
 

@@ -38,6 +38,7 @@ from sealfs.keys.vmkey import NewImageKey, wipe
 from sealfs.mount import names
 from sealfs.mount.disk import Opened
 from sealfs.mount.freshness import NEWBORN, Ledger, progress_of, witness
+from sealfs.mount.imagekeys import lent_keys
 from sealfs.mount.names import SUFFIX, Ownership, sync_directory
 
 if TYPE_CHECKING:
@@ -122,8 +123,6 @@ class Opener:
     def open(self, path: Path) -> Opened:
         """Lock, identify, check the registry, unseal, recover.
 
-        The image reads the key it is given as long as it is open: whoever closes it wipes the key.
-
         Raises:
             Busy: another process has the image.
             ForeignImage: not the image that is registered under this path.
@@ -139,17 +138,16 @@ class Opener:
             self.keys.registry.check(path, identity.uuid, identity.vm_id)
             lock = self.keys.lock_image(path, identity.uuid, shared=self._read_only)
             undo.callback(lock.close)
-            key = self._image_key(path, identity)
-            undo.callback(wipe, key)
-            if not self._read_only:
-                self.keys.ledger.begin()
-            image = SealedImage.open(
-                storage,
-                image_key=key,
-                cache=self._cache,
-                read_only=self._read_only,
-                witness=witness(path, identity.uuid, self.keys.ledger),
-            )
+            with lent_keys(self.keys, identity, path) as image_keys:
+                if not self._read_only:
+                    self.keys.ledger.begin()
+                image = SealedImage.open(
+                    storage,
+                    image_key=image_keys,
+                    cache=self._cache,
+                    read_only=self._read_only,
+                    witness=witness(path, identity.uuid, self.keys.ledger),
+                )
             undo.pop_all()
         for node in image.rebuilt_nodes:
             log.warning(
@@ -168,7 +166,7 @@ class Opener:
                 "are lost, but for what was written last",
                 path, identity.vm_id, group, first, first + image.group_size - 1,
             )  # fmt: skip
-        return Opened(image, identity.vm_id, key, storage.fileno(), lock)
+        return Opened(image, identity.vm_id, storage.fileno(), lock)
 
     def note(self, images: Mapping[bytes, Anchor]) -> None:
         """Note in the host's ledger how far images have come, by uuid; durable on return.
@@ -305,10 +303,6 @@ class Opener:
             os.fchmod(storage.fileno(), owner.mode)
         finally:
             storage.close()
-
-    def _image_key(self, path: Path, identity: Identity) -> bytearray:
-        wrapped = identity.wrapped_key(str(path))
-        return self.keys.image_key(identity.kmi, identity.vm_id, identity.uuid, wrapped)
 
     def _remember(self, path: Path, vm_id: str) -> None:
         if len(self._vm_ids) >= _HINTS_MAX:

@@ -40,6 +40,7 @@ from sealfs.mount.lane import Lane
 from sealfs.mount.namespace import Namespace
 from sealfs.mount.options import MountOptions
 from sealfs.mount.relay import Relay
+from sealfs.mount.sweeper import Sweeper
 from sealfs.mount.unshown import KINDS, unshown_files
 from sealfs.mount.verbs import ImageVerbs
 from sealfs.mount.workers import Workers
@@ -103,7 +104,14 @@ class Session:
             device_fd=device_fd,
             on_init=self._on_init,
         )
-        self._verbs = ImageVerbs(source, mountpoint, disks=self._disks, namespace=self._namespace)
+        self._sweeper = Sweeper(self._disks, opener.keys)
+        self._verbs = ImageVerbs(
+            source,
+            mountpoint,
+            disks=self._disks,
+            namespace=self._namespace,
+            sweeper=self._sweeper,
+        )
         self._key_verbs = KeyVerbs(source, opener=opener, disks=self._disks)
         there = kernel.mounted_at(str(mountpoint))
         self._id = f"{there.minor if there else 0}"
@@ -131,6 +139,7 @@ class Session:
             try:
                 async with trio.open_nursery() as serving:
                     await serving.start(self._disks.run)
+                    serving.start_soon(self._sweeper.run)
                     await serving.start(self._end_on_signals, serving.cancel_scope)
                     serving.start_soon(self._announce, ready)
                     await self._serve(serving)

@@ -15,18 +15,21 @@ from sealfs.image.layout import SIZE_MAX
 from sealfs.mount import names
 from sealfs.mount.driver import Disks
 from sealfs.mount.namespace import Namespace
+from sealfs.mount.sweeper import RATE, Sweeper
 
 
 class ImageVerbs:
     """Verbs that look at the images of a mount, or change them."""
 
     def __init__(
-        self, source: Path, mountpoint: Path, *, disks: Disks, namespace: Namespace
-    ) -> None:
+        self, source: Path, mountpoint: Path, *, disks: Disks, namespace: Namespace,
+        sweeper: Sweeper,
+    ) -> None:  # fmt: skip
         self._source = source
         self._mountpoint = mountpoint
         self._disks = disks
         self._namespace = namespace
+        self._sweeper = sweeper
 
     def table(self) -> dict[str, Verb]:
         """Return the verbs by name."""
@@ -37,6 +40,7 @@ class ImageVerbs:
             "resize": self.resize,
             "check": self.check,
             "rewrite-identity": self.rewrite_identity,
+            "rekey": self.rekey,
         }
 
     async def status(self, request: Document) -> Document:
@@ -80,12 +84,10 @@ class ImageVerbs:
 
     async def resize(self, request: Document) -> Document:
         """Set the size of one plain file, in use or not; durable when answered."""
-        path, size = request.get("path"), request.get("size")
-        if not isinstance(path, str) or not isinstance(size, int) or not 0 <= size <= SIZE_MAX:
+        size = request.get("size")
+        if not isinstance(size, int) or not 0 <= size <= SIZE_MAX:
             raise UsageError("resize", "expected a path and a size in bytes")
-        sealed = Path(path)
-        if self._source not in sealed.parents or sealed.suffix != names.SUFFIX:
-            raise NotFound(sealed, f'is not a sealed file below "{self._source}"')
+        sealed = self._sealed(request)
         await self._namespace.resize(sealed, size, may_shrink=request.get("shrink") is True)
         return {"size": size}
 
@@ -107,6 +109,29 @@ class ImageVerbs:
             "next": part.next_group,
         }
 
+    async def rekey(self, request: Document) -> Document:
+        """Replace the key of one image, in use or not, or make room in its epoch table.
+
+        `action`: "begin" (or go on; durable when answered, the rest in the background), "retire",
+        "pause", or "status". Answered is how far it is; an image that is not open is not.
+        """
+        sealed, action, rate = self._sealed(request), request.get("action"), request.get("rate")
+        if action in ("begin", "retire"):
+            rate = RATE if rate is None else rate
+            if not isinstance(rate, int) or rate <= 0:
+                raise UsageError("rekey", "expected a rate in bytes a second")
+            disk = await self._namespace.acquire(sealed)
+            await self._sweeper.begin(disk, rate, retire=action == "retire")
+            return self._sweeper.status(disk)
+        found = next((each for each in self._disks.all() if each.path == sealed), None)
+        if found is None:
+            raise NotFound(sealed, "is not in use here")
+        if action == "pause":
+            self._sweeper.pause(found)
+        elif action != "status":
+            raise UsageError(action, "unknown action")
+        return self._sweeper.status(found)
+
     async def rewrite_identity(self, request: Document) -> Document:
         """Give one image that is open here other wrapped keys and recovery slots.
 
@@ -127,6 +152,16 @@ class ImageVerbs:
             raise UsageError("rewrite-identity", "expected wrapped keys and slots") from None
         done = await disk.rewrite_identity(generation, wrapped, tuple(slots))
         return {"done": done}
+
+    def _sealed(self, request: Document) -> Path:
+        """Return the sealed file that a request names, which must be below the source."""
+        path = request.get("path")
+        if not isinstance(path, str):
+            raise UsageError("control request", "expected a path")
+        sealed = Path(path)
+        if self._source not in sealed.parents or sealed.suffix != names.SUFFIX:
+            raise NotFound(sealed, f'is not a sealed file below "{self._source}"')
+        return sealed
 
     def _is_meant(self, request: Document, path: str) -> bool:
         """Whether a request without a path, or with this one in either of its views, means it."""
