@@ -1065,7 +1065,7 @@ NETS = (
     ),
     Mutant(
         "first messages are not limited", "net/association.py", NET_ASSOCIATION,
-        (("        if not self._take_token(now):\n", "        if False:\n"),), (KEY_AGREEMENT,),
+        (("        if now < self._answer_at:\n", "        if False:\n"),), (KEY_AGREEMENT,),
     ),
     Mutant(
         "two ends that begin at once both insist", "net/association.py", NET_ASSOCIATION,
@@ -1099,26 +1099,26 @@ NETS = (
         (("        own = others | (", "        own = ("),), (KEY_AGREEMENT,),
     ),
     Mutant(
-        "a plain frame is delivered", "8-NET", NET_ATTACHMENT,
+        "a plain frame is delivered", "README, links", NET_ATTACHMENT,
         (("            drops[Drop.PLAIN] += 1\n            return\n",
           "            self.port.write((memoryview(frame),))\n            return\n"),),
         (MIDDLE,),
     ),
     Mutant(
-        "a VM that is no longer allowed goes on", "8-NET", NET_ATTACHMENT,
-        (("                await self._watch_permission()\n"
+        "a VM that is no longer allowed goes on", "README, links", NET_ATTACHMENT,
+        (("                await self._obey()\n"
           "                nursery.cancel_scope.cancel()\n",
-          "                await self._watch_permission()\n"),),
+          "                await self._obey()\n"),),
         (MIDDLE,),
     ),
     Mutant(
-        "what nobody could ask about is sealed all the same", "8-NET", NET_ATTACHMENT,
+        "what nobody could ask about is sealed all the same", "README, links", NET_ATTACHMENT,
         (("                if self._is_suspended:\n"
           "                    drops[Drop.NOT_ALLOWED] += 1\n                    continue\n", ""),),
         (MIDDLE,),
     ),
     Mutant(
-        "every frame goes to every peer", "8-NET", NET_ATTACHMENT,
+        "every frame goes to every peer", "README, links", NET_ATTACHMENT,
         (("return self._all if found is None else (found,)", "return self._all"),), (MIDDLE,),
     ),
     Mutant(

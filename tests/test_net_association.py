@@ -12,8 +12,7 @@ from net_simulation import End, Nonces, Wire, linked, sci_of, secrets_of
 
 from sealfs.net import association as rules
 from sealfs.net.association import (
-    FIRSTS_BURST,
-    FIRSTS_PER_SECOND,
+    ANSWER_INTERVAL,
     PREVIOUS_LIFE,
     Table,
     Timing,
@@ -188,7 +187,7 @@ def test_the_answering_end_keeps_its_keys_until_the_new_ones_are_confirmed() -> 
     wire.both_talk()
 
 
-def test_forged_first_messages_cost_no_token_and_change_nothing() -> None:
+def test_forged_first_messages_keep_no_real_one_out_and_change_nothing() -> None:
     wire = linked()
     before = keys_of(wire)
     offer = Offer(secrets_of(), sci=sci_of(1), ephemeral=b"e" * 32, in_use=frozenset())
@@ -199,7 +198,7 @@ def test_forged_first_messages_cost_no_token_and_change_nothing() -> None:
         assert wire.ends[1].receive(framed(bytes(forged)), wire.now) == []
     assert wire.ends[1].association.counts.refused == refused + 8 * len(offer.body)
     assert keys_of(wire) == before
-    # The unaltered one still finds a token.
+    # The unaltered one is answered all the same.
     assert len(wire.ends[1].receive(framed(offer.body), wire.now)) == 1
 
 
@@ -217,7 +216,7 @@ def test_first_messages_are_limited_for_each_peer() -> None:
         wire.run(0.01, step=0.01)
         if number % 100 == 0:
             wire.both_talk()
-    assert 1 <= answered <= FIRSTS_BURST + 10 * FIRSTS_PER_SECOND
+    assert 1 <= answered <= 10 / ANSWER_INTERVAL + 1
     assert wire.ends[1].association.counts.limited > 900
     assert keys_of(wire) == before
 
@@ -361,9 +360,28 @@ def three() -> tuple[Wire, Wire]:
         ours = End(1, rng=rng, nonces=nonces, table=table, timing=Timing(rekey_age=60))
         theirs = End(number, rng=rng, nonces=nonces, timing=Timing(rekey_age=60))
         wires.append(Wire((ours, theirs), rng))
-        wires[-1].run(300)
+        wires[-1].run(300 + 61 * len(wires))
     assert len({id(end.association.current) for wire in wires for end in wire.ends}) == 4
+    numbers = [
+        end.association.current.association_number for end in (wires[0].ends[0], wires[1].ends[0])
+    ]
+    assert numbers[0] != numbers[1]
     return wires[0], wires[1]
+
+
+def test_the_number_of_new_keys_is_not_that_of_keys_in_use() -> None:
+    """Also where the answering end has begun anew and knows of none."""
+    wire = linked()
+    for _ in range(6):
+        current = wire.ends[0].association.current
+        assert current is not None
+        wire.ends[1].revive()
+        (first,) = wire.ends[0].association._begin(wire.now)
+        wire.ends[1].receive(first, wire.now)
+        pending = wire.ends[1].association._pending
+        assert pending is not None
+        assert pending.association_number != current.association_number
+        wire.run(3)
 
 
 def test_first_messages_replayed_from_the_address_of_another_peer_harm_neither() -> None:
@@ -372,8 +390,12 @@ def test_first_messages_replayed_from_the_address_of_another_peer_harm_neither()
     before = keys_of(to_b) + keys_of(to_c)
     for frame in firsts:
         assert to_c.ends[0].receive(frame, to_c.now) == []
-    # One that is not remembered: recorded before this host began anew.
-    fresh = Offer(secrets_of(), sci=sci_of(2), ephemeral=b"e" * 32, in_use=frozenset())
+    # One that is not remembered: recorded before this host began anew. It leaves just the number
+    # that B's keys have.
+    current = to_b.ends[0].association.current
+    assert current is not None
+    others = frozenset(range(4)) - {current.association_number}
+    fresh = Offer(secrets_of(), sci=sci_of(2), ephemeral=b"e" * 32, in_use=others)
     assert len(to_c.ends[0].receive(framed(fresh.body), to_c.now)) == 1
     to_b.both_talk()
     to_c.both_talk()

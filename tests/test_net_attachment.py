@@ -20,10 +20,11 @@ from net_simulation import NETWORK_KEY, Nonces, sci_of
 
 from sealfs.errors import KeydUnavailable, KeyGone
 from sealfs.net.association import Timing
-from sealfs.net.attachment import Attachment
+from sealfs.net.attachment import Attachment, boot_clock
 from sealfs.net.frame import OVERHEAD, Drop
 from sealfs.net.grant import Grant
 from sealfs.net.link import Address, UdpLink
+from sealfs.net.permission import ASK_GRACE
 from sealfs.net.window import WINDOW
 
 
@@ -70,7 +71,7 @@ class Host:
         self.verdict: Callable[[], bool] = lambda: True
         self.link = UdpLink(listen, peers)
         self.address = listen
-        self.has_ended = False
+        self.has_ended = self.hangs = False
         grant = Grant("net1", f"vm{number}", 0, bytearray(NETWORK_KEY), sci_of(number))
         self.grant = grant
         self.attachment = Attachment(
@@ -83,6 +84,8 @@ class Host:
         self.has_ended = True
 
     async def _still_allowed(self) -> bool:
+        if self.hangs:
+            await trio.sleep_forever()
         return self.verdict()
 
     @property
@@ -348,6 +351,21 @@ async def test_plain_frames_and_garbage_cost_a_counter() -> None:
 
 
 @in_trio
+async def test_garbage_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with two_hosts() as (_, b, middle):
+        frames = [
+            bytes(12) + b"\x88\xb5" + bytes([version, kind]) + bytes(73)
+            for version in range(20)
+            for kind in range(20)
+        ]
+        caplog.clear()
+        assert await inject(b, middle, frames) == []
+        assert b.drops[Drop.HANDSHAKE.value] == 400
+        assert len(caplog.records) == 1
+        assert "handshake refused: the peer speaks version 0, this sealfs 1" in caplog.text
+
+
+@in_trio
 async def test_garbage_from_addresses_that_are_no_peers() -> None:
     async with two_hosts() as (a, b, _):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
@@ -432,14 +450,12 @@ async def test_a_key_service_that_does_not_answer_suspends_after_a_while() -> No
     def unknown() -> bool:
         raise KeydUnavailable("/run/sealfs/keyd.sock", "nobody answers")
 
-    import sealfs.net.attachment as module
-
-    async with two_hosts(clock=lambda: module.boot_clock() + now) as (a, b, _):
+    async with two_hosts(clock=lambda: boot_clock() + now) as (a, b, _):
         a.verdict = unknown
         await trio.sleep(0.1)
         a.say(b"in the time of grace")
         assert await b.hears(1) == [b"in the time of grace"]
-        now = module.ASK_GRACE
+        now = ASK_GRACE
         await wait_until(lambda: a.attachment.state == "suspended")
         a.say(b"not out")
         b.say(b"not in")
@@ -449,6 +465,17 @@ async def test_a_key_service_that_does_not_answer_suspends_after_a_while() -> No
         await wait_until(lambda: a.attachment.state == "running")
         a.say(b"again")
         assert (await b.hears(1))[-1:] == [b"again"]
+
+
+@in_trio
+async def test_a_key_service_that_hangs_is_one_that_does_not_answer() -> None:
+    now = 0.0
+    async with two_hosts(clock=lambda: boot_clock() + now) as (a, _b, _):
+        a.hangs = True
+        await trio.sleep(0.1)
+        assert a.attachment.state == "running"
+        now = ASK_GRACE
+        await wait_until(lambda: a.attachment.state == "suspended")
 
 
 @in_trio

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sealfs.net.noise import Initiator, NotAuthentic, Responder
@@ -65,6 +65,7 @@ def test_another_key_or_prologue_is_refused(other: dict[str, bytes]) -> None:
         responder.take(initiator.start(b"first"))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=100))
 def test_any_bytes_authenticate_or_are_refused(data: bytes) -> None:
     initiator, responder = pair()
@@ -76,6 +77,7 @@ def test_any_bytes_authenticate_or_are_refused(data: bytes) -> None:
     assert responder.take(message) == b"first"  # nothing has changed
 
 
+@settings(deadline=None)
 @given(st.integers(0, 8 * (32 + 5 + 16) - 1))
 def test_every_flipped_bit_is_refused_and_changes_nothing(bit: int) -> None:
     initiator, responder = pair()

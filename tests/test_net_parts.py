@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sealfs.errors import UsageError
@@ -80,6 +80,7 @@ def test_a_group_address_is_nobodys() -> None:
 # Runs
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(45, 9000), max_size=400))
 def test_runs_cover_all_frames_in_order_and_are_what_the_kernel_takes(sizes: list[int]) -> None:
     outbox, laid = Outbox(9100), []
@@ -105,6 +106,14 @@ def test_equal_frames_go_out_with_one_call() -> None:
         outbox.add(size)
     outbox.close_run()
     assert [(end - start) // size for start, end, size in outbox.runs] == [40, 2]
+
+
+def test_a_run_has_no_more_frames_than_the_kernel_takes() -> None:
+    outbox = Outbox(1500)
+    for _ in range(100):
+        outbox.add(92)
+    outbox.close_run()
+    assert [(end - start) // size for start, end, size in outbox.runs] == [64, 36]
 
 
 def test_an_outbox_says_when_it_is_full() -> None:

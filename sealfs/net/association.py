@@ -46,15 +46,13 @@ RETRY_MIN: Final = 1.0
 RETRY_MAX: Final = 15.0
 CONFIRM_INTERVAL: Final = 0.5
 CONFIRM_LIFE: Final = 5.0
-PENDING_HOLD: Final = 0.5
-"""Seconds in which another first message does not replace one that was just answered: less than
-the other end waits before it tries again."""
+ANSWER_INTERVAL: Final = 0.5
+"""Seconds between two answers at least: two handshakes a second for each peer. Less than the other
+end waits before it tries again."""
 PENDING_LIFE: Final = 10.0
 KEEPALIVE: Final = 10.0
 SILENCE: Final = 35.0
 """Seconds without a frame after which a peer is taken for gone: three keepalives and a bit."""
-FIRSTS_PER_SECOND: Final = 5.0
-FIRSTS_BURST: Final = 10.0
 FIRSTS_REMEMBERED: Final = 4096
 """First messages whose repetition is recognised; at one an hour, half a year of them."""
 
@@ -191,7 +189,7 @@ class Association:
         self._offer_until = 0.0
         self._attempts = 0
         self._attempt_at = 0.0
-        self._tokens, self._tokens_at = FIRSTS_BURST, 0.0
+        self._answer_at = 0.0
         self.heard = False
         """Set by who opens a frame of this peer."""
         self.sent = False
@@ -316,13 +314,11 @@ class Association:
         )
         if is_under_way and self._sci < first.sci:
             return []  # both began: this end's first message counts
-        if not self._take_token(now):
+        if now < self._answer_at:
             self.counts.limited += 1
             return []
         answer = handshake.Answer(self._secrets, first)
-        if self._pending is not None and now - self._pending.made_at < PENDING_HOLD:
-            self.counts.limited += 1
-            return []
+        self._answer_at = now + ANSWER_INTERVAL
         self._pending = self._forgotten(self._pending)
         number = self._free_number(answer.in_use, first.sci)
         message, agreement = answer.agree(
@@ -346,15 +342,6 @@ class Association:
         self._offered = self._session(agreement, now)
         self._confirm_at = now + CONFIRM_INTERVAL
         return self._say(self._offered, Word.CONFIRM)
-
-    def _take_token(self, now: float) -> bool:
-        """Whether another first message may cost two X25519 operations now."""
-        self._tokens = min(FIRSTS_BURST, self._tokens + (now - self._tokens_at) * FIRSTS_PER_SECOND)
-        self._tokens_at = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
 
     def _free_number(self, in_use: frozenset[int], sci: bytes) -> int:
         """Return an association number that neither end uses for frames of now.

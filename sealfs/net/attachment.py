@@ -15,11 +15,12 @@ import logging
 import os
 import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from sealfs.errors import Busy, KeydUnavailable, SealfsError, TpmUnavailable
+from sealfs.errors import SealfsError
 from sealfs.net.association import Association, Session, Table, Timing
 from sealfs.net.cipher import KeySpent
 from sealfs.net.counters import Counters, describe
@@ -37,6 +38,7 @@ from sealfs.net.labels import HANDSHAKE, MACSEC
 from sealfs.net.learned import Learned
 from sealfs.net.link import Address, Link, frame_size_max
 from sealfs.net.outbox import Outbox
+from sealfs.net.permission import ASK_INTERVAL, Permission
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -48,10 +50,6 @@ if TYPE_CHECKING:
 BATCH: Final = 64
 """Frames taken before the other attachments have their turn: half a millisecond."""
 TICK: Final = 0.2
-ASK_INTERVAL: Final = 3.0
-"""Seconds between two questions whether the VM is still allowed."""
-ASK_GRACE: Final = 60.0
-"""Seconds for which a key service that cannot tell is taken to have said yes."""
 SLOW_WAIT: Final = 0.001
 SLOW_TRIES: Final = 20
 """How long a VM that takes no frames is waited for before one is dropped: 20 ms."""
@@ -115,7 +113,6 @@ class Attachment:
         )  # fmt: skip
         self.state = "running"
         self.counters = Counters()
-        self._still_allowed, self._ask_interval = still_allowed, ask_interval
         self._clock, self._kernel = clock, kernel
         self._frame_size_max = frame_size_max(link)
         self.mtu = guest_mtu(link.mtu, link.encapsulation)
@@ -148,7 +145,12 @@ class Attachment:
         self._plain = memoryview(bytearray(len(link.buffer)))
         self._is_suspended = False
         self._told: dict[str, float] = {}
-        self._ask_now = trio.Event()
+        self._permission = Permission(
+            still_allowed,
+            interval=ask_interval,
+            clock=clock,
+            tell=partial(self._tell, "key service"),
+        )
 
     async def run(self) -> None:
         """Move frames until cancelled, or until the VM is no longer allowed.
@@ -164,7 +166,7 @@ class Attachment:
                     nursery.start_soon(self._seal_frames)
                 nursery.start_soon(self._open_frames)
                 nursery.start_soon(self._keep_keys)
-                await self._watch_permission()
+                await self._obey()
                 nursery.cancel_scope.cancel()
         except* (OSError, SealfsError) as group:
             exc = group.exceptions[0]
@@ -183,7 +185,7 @@ class Attachment:
 
     def recheck(self) -> None:
         """Ask now whether the VM is still allowed."""
-        self._ask_now.set()
+        self._permission.recheck()
 
     def status(self) -> dict[str, object]:
         """Return what `sealfs net status` shows, JSON-able."""
@@ -235,8 +237,9 @@ class Attachment:
                 if size > self._frame_size_max:
                     drops[Drop.TOO_LONG] += 1
                     self._tell(
+                        "too long",
                         f"a frame of {size} or more bytes is too long for the way to the peers and "
-                        f"was dropped: the VM must use an MTU of {self.mtu}"
+                        f"was dropped: the VM must use an MTU of {self.mtu}",
                     )
                     continue
                 if self._is_suspended:
@@ -284,7 +287,7 @@ class Attachment:
                         await trio.lowlevel.wait_writable(self.link.fd)
             except OSError as exc:
                 counters.drops[Drop.LINK] += count
-                self._tell(f"{peer.address}: {exc.strerror or exc}")
+                self._tell(f"to {peer.address}", f"{peer.address}: {exc.strerror or exc}")
             else:
                 counters.sent(count, end - start)
         peer.association.sent = True
@@ -305,7 +308,8 @@ class Attachment:
                         is_more = False
                         break
                     except OSError as exc:  # an ICMP error of a frame that was sent
-                        self._tell(f"{self.link.name}: {exc.strerror or exc}")
+                        self._tell("link", f"{self.link.name}: {exc.strerror or exc}")
+                        count += 1
                         continue
                     count += max(1, size // max(1, segment))
                     frames = self._open_run(size, segment, sender)
@@ -372,7 +376,7 @@ class Attachment:
                     self.counters.drops[Drop.PORT] += 1
             except OSError as exc:
                 self.counters.drops[Drop.PORT] += 1
-                self._tell(f"{self.port.name}: {exc.strerror or exc}")
+                self._tell("port", f"{self.port.name}: {exc.strerror or exc}")
 
     async def _deliver_slowly(self, frame: tuple[memoryview, memoryview]) -> bool:
         for _ in range(SLOW_TRIES):
@@ -404,7 +408,8 @@ class Attachment:
         answers = peer.association.take_handshake(frame[FRAME_SIZE_MIN:], self._clock())
         if counts.refused != refused:
             drops[Drop.HANDSHAKE] += 1
-            self._tell(f"{sender}: handshake refused: {counts.last_refusal}")
+            said = f"{sender}: handshake refused: {counts.last_refusal}"
+            self._tell(f"handshake {sender}", said)
         self._send_all(peer, answers)
 
     # Keys
@@ -418,6 +423,7 @@ class Attachment:
                 self._send_all(peer, association.tick(now))
                 self._note_state(peer, was)
             self._learned.turn(now)
+            self._suspend_or_resume()
             await trio.sleep(TICK)
 
     def _confirmed(self, session: Session) -> None:
@@ -446,45 +452,35 @@ class Attachment:
             except OSError as exc:
                 peer.counters.drops[Drop.LINK] += 1
                 if not isinstance(exc, BlockingIOError):
-                    self._tell(f"{peer.address}: {exc.strerror or exc}")
+                    self._tell(f"to {peer.address}", f"{peer.address}: {exc.strerror or exc}")
 
     # Permission
 
-    async def _watch_permission(self) -> None:
-        """Return when the VM is no longer allowed; suspend while nobody can tell for long."""
-        told_at = self._clock()
-        while True:
-            with trio.move_on_after(self._ask_interval):
-                await self._ask_now.wait()
-            self._ask_now = trio.Event()
-            try:
-                if not await self._still_allowed():
-                    reason = "no longer allowed"
-                    break
-            except (TpmUnavailable, KeydUnavailable, Busy) as exc:
-                self._tell(f"cannot ask the key service: {exc}")
-                if self._clock() - told_at >= ASK_GRACE and not self._is_suspended:
-                    self._is_suspended, self.state = True, "suspended"
-                    log.error("%s: suspended: the key service does not answer", self.name)
-                continue
-            except SealfsError as exc:
-                reason = str(exc)
-                break
-            told_at = self._clock()
-            if self._is_suspended:
-                self._is_suspended, self.state = False, "running"
-                log.info("%s: running again", self.name)
+    async def _obey(self) -> None:
+        """Return when the VM is no longer allowed."""
+        reason = await self._permission.lost()
         self.state = "revoked"
         log.error(
             "%s: stopped in both directions: VM %s on network %s: %s",
             self.name, self.vm, self.network, reason,
         )  # fmt: skip
 
-    def _tell(self, text: str) -> None:
-        """Log a warning, the same at most once a minute."""
+    def _suspend_or_resume(self) -> None:
+        is_stale = self._permission.is_stale
+        if is_stale != self._is_suspended and self.state in ("running", "suspended"):
+            self._is_suspended = is_stale
+            self.state = "suspended" if is_stale else "running"
+            if is_stale:
+                log.error("%s: suspended: the key service does not answer", self.name)
+            else:
+                log.info("%s: running again", self.name)
+
+    def _tell(self, topic: str, text: str) -> None:
+        """Log a warning, on one topic at most once a minute: others must not fill the log.
+
+        Topics are few: what comes from outside is in the text, not in the topic.
+        """
         now = self._clock()
-        if now >= self._told.get(text, 0.0):
-            if len(self._told) > 100:
-                self._told.clear()
-            self._told[text] = now + 60
+        if now >= self._told.get(topic, 0.0):
+            self._told[topic] = now + 60
             log.warning("%s: %s", self.name, text)
