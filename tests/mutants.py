@@ -1276,27 +1276,26 @@ NETS = (
         (("        own = others | (", "        own = ("),), (KEY_AGREEMENT,),
     ),
     Mutant(
-        "a plain frame is delivered", "README, network links", NET_ATTACHMENT,
+        "a plain frame is delivered", "README, links", NET_ATTACHMENT,
         (("            drops[Drop.PLAIN] += 1\n            return\n",
           "            self.port.write((memoryview(frame),))\n            return\n"),),
         (MIDDLE,),
     ),
     Mutant(
-        "a VM that is no longer allowed goes on", "README, network links", NET_ATTACHMENT,
+        "a VM that is no longer allowed goes on", "README, links", NET_ATTACHMENT,
         (("                await self._obey()\n"
           "                nursery.cancel_scope.cancel()\n",
           "                await self._obey()\n"),),
         (MIDDLE,),
     ),
     Mutant(
-        "what nobody could ask about is sealed all the same", "README, network links",
-        NET_ATTACHMENT,
+        "what nobody could ask about is sealed all the same", "README, links", NET_ATTACHMENT,
         (("                if self._is_suspended:\n"
           "                    drops[Drop.NOT_ALLOWED] += 1\n                    continue\n", ""),),
         (MIDDLE,),
     ),
     Mutant(
-        "every frame goes to every peer", "README, network links", NET_ATTACHMENT,
+        "every frame goes to every peer", "README, links", NET_ATTACHMENT,
         (("return self._all if found is None else (found,)", "return self._all"),), (MIDDLE,),
     ),
     Mutant(

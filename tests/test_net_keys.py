@@ -552,6 +552,37 @@ def test_another_host_gets_the_network_and_the_same_vm_id_there_is_another_vm(
     assert "revoked" in host.run("key", "import", again, status=7)
 
 
+def test_a_network_with_a_new_key_is_taken_in_place_of_the_old_one_only_knowingly(
+    host: Host, tmp_path: Path
+) -> None:
+    there = Host(tmp_path / "there", own=True)
+    with KeyService.open(there.state) as keys:
+        keys.create("db1").wipe()
+    packages = [host.directory / name for name in ("first", "second")]
+    host.run("key", "enroll", "prod", *introduced(host, there), "-o", packages[0])
+    there.run("key", "import", packages[0])
+    there.run("net", "allow", "prod", "--vm", "db1")
+    old = given_key(there, "prod", "db1")
+    host.run("key", "rotate", "prod")
+    host.run("key", "enroll", "prod", *introduced(host, there), "-o", packages[1])
+    text = there.run("key", "import", packages[1], status=7)
+    assert "holds another key" in text
+    assert f"key import {packages[1]} --replace" in text
+    assert given_key(there, "prod", "db1") == old
+
+    def look(done: list[str]) -> None:
+        given_key(there, "prod", "db1")
+        there.run("key", "import", packages[1], "--replace")
+        assert given_key(there, "prod", "db1")[:32] == given_key(host)[:32]
+
+    deaths([there], lambda: there.run("key", "import", packages[1], "--replace"), look)
+    assert given_key(there, "prod", "db1")[:32] == given_key(host)[:32] != old[:32]
+    # A VM's key is not exchanged: its images would be lost.
+    package = host.directory / "vm"
+    host.run("key", "enroll", "web1", *introduced(host, there), "-o", package)
+    assert "does not replace" in there.run("key", "import", package, "--replace", status=2)
+
+
 def test_a_vm_that_moved_away_is_not_on_the_network_until_it_comes_back(
     host: Host, tmp_path: Path
 ) -> None:

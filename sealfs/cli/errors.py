@@ -24,6 +24,7 @@ import click
 
 from sealfs import errors
 from sealfs.cli.output import has_answered, print_json
+from sealfs.keys.names import is_network
 
 
 class ExitCode(IntEnum):
@@ -248,6 +249,8 @@ def _key_refused(error: BaseException, situation: Situation) -> str | None:
         )
     if "TPM of init" in text or "embedded TPM is gone" in text:
         return situation.sealfs("init --replace-tpm")
+    if situation.command == "key import" and is_network(getattr(error, "subject", "")):
+        return situation.again("--replace") if "holds another key" in text else None
     if situation.command in ("key recover", "key import", "key enroll"):
         return None
     if situation.network is not None:

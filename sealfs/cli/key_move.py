@@ -120,9 +120,14 @@ def enroll_key(
 @key_command.command("import", short_help="Take a VM's key from another host.")
 @click.argument("package_file", type=PATH, metavar="PACKAGE")
 @click.argument("images", nargs=-1, type=PATH, metavar="[IMAGE]...")
+@click.option(
+    "--replace", is_flag=True, help="A network's key, even if this host has another one for it."
+)
 @common_options
 @pin_file_option
-def import_key(settings: Settings, package_file: Path, images: tuple[Path, ...]) -> None:
+def import_key(
+    settings: Settings, package_file: Path, images: tuple[Path, ...], replace: bool
+) -> None:
     """Make the key in a package usable here, sealed to this host's TPM, and register images.
 
     Those named, and those that stand where they were registered here or there. A package says
@@ -134,7 +139,7 @@ def import_key(settings: Settings, package_file: Path, images: tuple[Path, ...])
         sealed.find(image)
     raw = _read(settings.about(package_file), PACKAGE_KIND)
     with settings.keys() as keys:
-        package = keys.moving.take(raw, str(package_file))
+        package = keys.moving.take(raw, str(package_file), replace=replace)
         # Crash here: the key is usable; taken again, or by `register`, the images are too.
         entered = [_enter(settings, keys, settings.about(image), package) for image in images]
         found = {str(entry["image_uuid"]) for entry in entered}

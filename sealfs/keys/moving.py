@@ -19,8 +19,9 @@ from sealfs.errors import (
     KeyRecordDamaged,
     KeyRefused,
     RolledBack,
+    UsageError,
 )
-from sealfs.keys import records
+from sealfs.keys import names, records
 from sealfs.keys.audit import AuditLog
 from sealfs.keys.enrolment import HostId, Package, PackedImage
 from sealfs.keys.host import Host
@@ -148,7 +149,7 @@ class Moving:
             # Crash here: the package is made and this host still opens the VM; move it again.
             self._state.write(self._state.gone_file(record.kmi), stone.encode(), held)
 
-    def take(self, raw: bytes, subject: str) -> Package:
+    def take(self, raw: bytes, subject: str, *, replace: bool = False) -> Package:
         """Make the key of a package usable here; durable on return.
 
         Its images are in the ledger before its key is in a record: an older copy of one never
@@ -158,9 +159,12 @@ class Moving:
         Args:
             raw: the package.
             subject: names it in messages.
+            replace: a network's key that is another one than this host has takes its place; what
+                that asked for stays behind.
 
         Raises:
             FormatError, KeyRecordDamaged: not a package, or altered.
+            UsageError: `replace`, of a VM: its images would be lost.
             KeyRefused: made for another host, or this host has another key for that VM.
             KeyGone: the VM was revoked here.
             RolledBack: older than what this host knew when it gave the VM away.
@@ -172,10 +176,12 @@ class Moving:
                 "kmi": package.kmi,
                 "from_host": package.from_host.hex(),
             }
-            self._take(package, subject)
+            if replace and not names.is_network(package.vm_id):
+                raise UsageError(subject, "holds a VM's key, which does not replace another one")
+            self._take(package, subject, replace=replace)
         return package
 
-    def _take(self, package: Package, subject: str) -> None:
+    def _take(self, package: Package, subject: str, *, replace: bool) -> None:
         own = self._host.record
         if (package.to_host, package.to_key_name) != (own.host_id, own.storage_key.name):
             raise KeyRefused(
@@ -192,11 +198,13 @@ class Moving:
             else:
                 self._check_newer(package, subject)
             self._check_images(package, subject)
-            if stone is None:
+            if stone is None and not replace:
                 self._opening.asked(key.vm_id, lambda: self._check_same(key))
             self._ledger.note({image.image_uuid: image.progress for image in package.images})
             # Crash here: lines in the ledger of images that this host has no key for.
-            self._opening.asked(key.vm_id, lambda: self._keep(key, is_back=stone is not None))
+            self._opening.asked(
+                key.vm_id, lambda: self._keep(key, is_back=stone is not None, replace=replace)
+            )
 
     def _check_images(self, package: Package, subject: str) -> None:
         """Refuse a package that speaks of another VM's image: it would be refused from then on."""
@@ -221,7 +229,7 @@ class Moving:
             _check_kmi(old, key)
             self._recovering.known(old, key, tpm)
 
-    def _keep(self, key: VmKey, *, is_back: bool) -> None:
+    def _keep(self, key: VmKey, *, is_back: bool, replace: bool) -> None:
         with self._state.lock() as held, self._host.tpm_under(held) as tpm:
             old = self._vault.record_of_vm(key.vm_id)
             if old is not None:
@@ -231,7 +239,7 @@ class Moving:
             if old is not None and is_back:
                 # Its key may have changed meanwhile.
                 wanted = self._recovering.kept_protection(old, key)
-            elif old is not None:
+            elif old is not None and not replace:
                 wanted = self._recovering.known(old, key, tpm)
             if wanted is not None:
                 self._vault.add_own_recipient(key)
