@@ -275,6 +275,26 @@ def test_a_rekey_after_another_and_past_the_last_generation() -> None:
     image.abandon()
 
 
+def test_groups_that_come_and_go_while_it_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It has listed the groups ahead.
+    monkeypatch.setattr(sweep, "GROUPS_MAX", 1)
+    storage = made()
+    image = opened(storage)
+    fill(image)
+    image.begin_rekey(WRAPPED, NEW_KEY)
+    advance(image, RekeyPhase.SWEEPING)
+    image.rekey_part(4)
+    image.discard(8 * PAGE, 8 * PAGE)
+    image.write(30 * PAGE, value(30))
+    image.write(0, value(0, 3))
+    image.flush()
+    finish(image)
+    assert image.read(8 * PAGE, 8 * PAGE) == bytes(8 * PAGE)
+    assert image.read(30 * PAGE, PAGE) == value(30)
+    image.abandon()
+    assert report(storage).under(1) == {}
+
+
 def test_a_rekey_is_begun_once() -> None:
     storage = made()
     image = opened(storage)

@@ -12,6 +12,7 @@ until it goes on. What does not verify cannot be sealed again; it is left as it 
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,10 +27,14 @@ from sealfs.image.format import RekeyPhase
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, runs_of
 from sealfs.image.reader import Reader
 from sealfs.image.steps import Steps
+from sealfs.image.tree import NO_SLOT
 from sealfs.image.volume import RECORD_BLOCKS_MAX, Volume
 
 GROUPS_MAX = 64
 """Groups that one part looks at: where there is nothing to do, some milliseconds."""
+
+AHEAD_MAX = 1 << 14
+"""Groups that are listed at a time: 8 GiB of disk."""
 
 PART_BLOCKS_MAX = RECORD_BLOCKS_MAX // 2
 """Blocks that a part seals again at most: 4 MiB, in one record."""
@@ -105,6 +110,8 @@ class Sweep:
         self._counted: Counter[int] | None = None
         """Blocks of each epoch, of the groups that a retirement has counted."""
         self._newest_epoch = 0
+        self._ahead: list[int] = []
+        """Some groups, ascending."""
         self._at = 0
 
     # -- another image key
@@ -155,7 +162,7 @@ class Sweep:
         """Look whether the groups are free of the old key before it is given up."""
         assert self._checked is not None
         start = self._checked
-        groups = list(islice(self._tree.groups(start), GROUPS_MAX + 1))
+        groups = self._groups(start)
         left = yield partial(self._under_old_key, groups[:GROUPS_MAX])
         if left is not None:
             # Left by a walk that met damage: it may have been healed since.
@@ -233,7 +240,7 @@ class Sweep:
         if self._counted is None:
             self._counted, self._at = Counter(), 0
             self._newest_epoch = self._volume.table.rows[-1].epoch
-        groups = list(islice(self._tree.groups(self._at), GROUPS_MAX + 1))
+        groups = self._groups(self._at)
         part = yield partial(self._count, groups[:GROUPS_MAX])
         if part is None:
             self.is_futile = True  # what a damaged leaf page names is not known
@@ -280,12 +287,29 @@ class Sweep:
 
     # -- one part
 
+    def _groups(self, start: int) -> list[int]:
+        """Return the groups that are there from `start` on, one more than a part looks at.
+
+        From a list that is made now and then: finding them passes over every node page, which took
+        a tenth of the time of an image of 1 TiB. A group that has come since holds nothing old.
+        """
+        at = bisect_left(self._ahead, start)
+        found = [
+            group
+            for group in self._ahead[at : at + GROUPS_MAX + 1]
+            if self._tree.slot_of(group) != NO_SLOT
+        ]
+        if len(found) <= GROUPS_MAX or self._ahead[0] > start:
+            self._ahead = list(islice(self._tree.groups(start), AHEAD_MAX))
+            found = self._ahead[: GROUPS_MAX + 1]
+        return found
+
     def _look_steps(self, start: int, blocks_max: int, *, renew: bool) -> Steps[_Look | None]:
         """Read what the next part is to seal again; None where the cache has no room for it."""
         room = min(blocks_max, PART_BLOCKS_MAX, self._cache.free_count)
         if room <= 0:
             return None
-        groups = list(islice(self._tree.groups(start), GROUPS_MAX + 1))
+        groups = self._groups(start)
         look: _Look = yield partial(self._look, groups, room, renew)
         return look
 
