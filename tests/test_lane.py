@@ -115,7 +115,7 @@ async def rig(image: Image) -> AsyncIterator[Rig]:
     workers, handles, failures = Workers(2), Handles(), Failures()
     cache: Any = SimpleNamespace(dirty_max=1 << 20, dirty_size=0, free_count=0)
     opener: Any = SimpleNamespace(
-        open=lambda path: (image, "vm", bytearray(32), -1, None),
+        open=lambda path: (image, "vm", -1, None),
         note=lambda images: None,
         bump=lambda: None,
     )
