@@ -32,9 +32,9 @@ from sealfs.mount import control
 MIB = 1 << 20
 SIZE = 768 * MIB
 PAIRS = 9
-SECONDS = 3
+SECONDS = 2
 IDLE_SECONDS = 10
-DEPTHS = (16, 1)
+DEPTHS = (1, 16)
 
 
 def fio(path: Path, *more: str) -> dict[str, Any]:

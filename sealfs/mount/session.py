@@ -104,7 +104,7 @@ class Session:
             device_fd=device_fd,
             on_init=self._on_init,
         )
-        self._sweeper = Sweeper(self._disks, opener.keys)
+        self._sweeper = Sweeper(self._disks, opener.keys, self._served)
         self._verbs = ImageVerbs(
             source,
             mountpoint,
@@ -255,6 +255,10 @@ class Session:
             "nodes": self._namespace.node_count,
             "requests": dict(self._lane.served) if self._lane is not None else {},
         }
+
+    def _served(self) -> int:
+        """How many requests the lane has answered."""
+        return sum(self._lane.served.values()) if self._lane is not None else 0
 
     async def _wait(self, request: Document) -> Document:
         """Answer when the mount has ended and its images are closed."""

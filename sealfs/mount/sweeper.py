@@ -2,7 +2,8 @@
 
 A rekey that was begun goes on by itself whenever its image is open for writing, until it is done or
 somebody pauses it; so does making room when an epoch table runs low. How fast is a matter of `rate`
-and of what the VM does: no more than a share of the time is spent on it.
+and of what the VM does: no more than a share of the time is spent on it, a smaller one while the
+mount answers requests.
 
 Concurrency: one task for each image that has something to do, in the trio thread. It holds
 `Disk.exclusive` for one small part at a time, so that a flush of the VM waits for one at most. A
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
@@ -27,6 +29,8 @@ RATE = 10 << 20
 """Bytes of the disk a second, as `scrub`: a disk of 1 TiB takes a day, and nobody notices."""
 LOOK_INTERVAL = 1.0  # seconds between two looks for images that have something to do
 IDLE_SHARE = 4  # times as long as a part took nothing is done, however slow the storage
+BUSY_SHARE = 24  # the same while the VM reads and writes: it is to notice less than a tenth
+BUSY_REQUESTS = 100  # a second: fewer are an idle guest's
 PART_COST_MIN = 256 << 10  # bytes a part counts for that found nothing to seal: it has read as much
 ROOM_WAIT = 0.05  # seconds for the VM's writes to leave the cache
 
@@ -60,9 +64,13 @@ class _Job:
 class Sweeper:
     """The background work of one mount."""
 
-    def __init__(self, disks: Disks, keys: MakesKeys) -> None:
+    def __init__(
+        self, disks: Disks, keys: MakesKeys, served: Callable[[], int] = lambda: 0
+    ) -> None:
+        """Take what it works with; `served` says how many requests the mount has answered."""
         self._disks = disks
         self._keys = keys
+        self._served = served
         self._jobs: dict[FileKey, _Job] = {}
         self._left: dict[FileKey, tuple[object, SealfsError | None]] = {}
         """Images whose work was paused, or failed: with what is open, and why."""
@@ -158,8 +166,14 @@ class Sweeper:
                 self._disks.release(disk)
 
     async def _sweep(self, job: _Job) -> None:
+        looked_at, served, idle_share = time.monotonic(), self._served(), IDLE_SHARE
         while not job.is_paused:
             began = time.monotonic()
+            if began - looked_at >= LOOK_INTERVAL:
+                now = self._served()
+                is_busy = now - served >= BUSY_REQUESTS * (began - looked_at)
+                idle_share = BUSY_SHARE if is_busy else IDLE_SHARE
+                looked_at, served = began, now
             swept = await job.disk.sweep_part(is_forced=job.is_forced)
             if swept is None:
                 return
@@ -175,5 +189,5 @@ class Sweeper:
                 continue
             due = max(swept.size, PART_COST_MIN) / job.rate - took
             # Who asks for more than the default rate means it.
-            idle = took * IDLE_SHARE if job.rate <= RATE else 0.0
+            idle = took * idle_share if job.rate <= RATE else 0.0
             await trio.sleep(max(due, idle, 0.0))

@@ -48,21 +48,24 @@ class Workers:
         for thread in self._threads:
             thread.start()
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Run `work` in a thread and return its result, or raise what it raised."""
-        self.busy_count += 1
+    async def run(self, work: Callable[[], T], *, is_background: bool = False) -> T:
+        """Run `work` in a thread and return its result, or raise what it raised.
+
+        Work in the background is not counted as busy: the lane spins beside it.
+        """
+        self.busy_count += not is_background
         self._queue.put((work, trio.lowlevel.current_task()))
         try:
             result: T = await trio.lowlevel.wait_task_rescheduled(_refuse_cancel)
         finally:
-            self.busy_count -= 1
+            self.busy_count -= not is_background
         return result
 
     def post(self, work: Work) -> None:
         """Have `work` done in a thread; it tells nobody and raises nothing."""
         self._queue.put((work, None))
 
-    async def drive(self, steps: Steps[T]) -> T:
+    async def drive(self, steps: Steps[T], *, is_background: bool = False) -> T:
         """Run a steps generator to its end and return its result.
 
         The generator's own code runs here, in the trio thread; the work it yields runs in a
@@ -72,7 +75,7 @@ class Workers:
             work = next(steps)
             while True:
                 try:
-                    result = await self.run(work)
+                    result = await self.run(work, is_background=is_background)
                 except Exception as exc:  # the generator decides what the failure means
                     work = steps.throw(exc)
                 else:
