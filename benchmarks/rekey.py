@@ -31,7 +31,7 @@ from sealfs.mount import control
 
 MIB = 1 << 20
 SIZE = 768 * MIB
-PAIRS = 9
+PAIRS = 15
 SECONDS = 2
 IDLE_SECONDS = 10
 DEPTHS = (1, 16)
