@@ -391,7 +391,7 @@ WRITING = (
         (GAPS,),
     ),
     Mutant(
-        "a write is accepted without its space", "8.4", COMMITTER,
+        "a quick write is accepted without its space", "8.4", COMMITTER,
         (("            volume.space.reserve(slot, index, part)\n", ""),),
         (SPACE,),
     ),
