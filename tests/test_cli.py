@@ -27,7 +27,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TRANSCRIPTS = Path(__file__).parent / "cli"
 BINARIES = Path(sys.executable).parent
-COMMAND_WAIT = 60.0
+COMMAND_WAIT = 120.0
 FRESH = "# fresh host"
 
 NORMAL = (
@@ -86,15 +86,19 @@ def replay(text: str, directory: Path) -> str:
 
 
 def run(command: str, directory: Path) -> list[str]:
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=directory,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=COMMAND_WAIT,
-    )
+    try:
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=directory,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_WAIT,
+        )
+    except subprocess.TimeoutExpired as exc:
+        found = f"{exc.stdout!r}, {exc.stderr!r}"
+        raise AssertionError(f"{command}: hangs; so far it said {found}") from None
     lines = [f"| {normal(line, directory)}" for line in done.stdout.splitlines()]
     lines += [f"! {normal(line, directory)}" for line in done.stderr.splitlines()]
     if done.returncode:
