@@ -181,7 +181,7 @@ class FakeImage:
         self.uuid = bytes(16)
         self.is_dirty = False
         self.poisoned = None
-        self.is_quick_to_flush = False
+        self.is_quick_to_flush = self.is_rekeying = self.wants_retirement = False
         self.read_only = False
         self.progress = Anchor(0, bytes(16))
         self.oldest_dirty = None
@@ -224,6 +224,11 @@ class FakeImage:
         if offset >= self.size:
             return None
         return offset if whence == os.SEEK_DATA else self.size
+
+    def remembering(self, state: Any) -> None:
+        pass
+
+    remembered = remembering
 
     def status(self) -> dict[str, Any]:
         return {"size": self.size}
