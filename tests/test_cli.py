@@ -27,7 +27,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TRANSCRIPTS = Path(__file__).parent / "cli"
 BINARIES = Path(sys.executable).parent
-COMMAND_WAIT = 120.0
+COMMAND_WAIT = 60.0
 FRESH = "# fresh host"
 
 NORMAL = (

@@ -212,7 +212,7 @@ class Lane:
             self._is_lone = self._requests <= self._runs * RUN_MAX
             self._requests = self._runs = 0
             self._count_until_ns = now + COUNT_NS
-        # Spinning takes the interpreter from a worker that seals, and with it the guest's room.
+        # Spinning takes a processor from a worker that seals, and with it the guest's room.
         is_free = not self._disks.workers.busy_count
         if is_free and self._spin_ns and now - self._last_request_ns < SPIN_OFF_NS:
             try:

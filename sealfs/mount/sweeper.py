@@ -156,8 +156,8 @@ class Sweeper:
             if disk.image is not None and disk.image.is_rekeying:
                 log.info('image="%s" vm="%s" the rekey goes on', disk.path, disk.vm_id)
             await self._sweep(job)
-        except SealfsError as exc:
-            self._left[disk.key] = (disk.image, exc)
+        except Exception as exc:  # it is in the background: nothing of it ends the mount
+            self._left[disk.key] = (disk.image, exc if isinstance(exc, SealfsError) else None)
             self._disks.failures.errno_of(exc, image=str(disk.path), vm_id=disk.vm_id)
         finally:
             del self._jobs[disk.key]

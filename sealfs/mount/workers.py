@@ -28,7 +28,7 @@ from sealfs.image.steps import Steps, Work
 
 T = TypeVar("T")
 
-WORKER_COUNT = 16  # cold reads in flight; threads that wait in pread hold no interpreter lock
+WORKER_COUNT = 16  # cold reads in flight, where there is no io_uring for them
 
 
 class Workers:
