@@ -161,3 +161,23 @@ def test_damage_is_reported_once_and_tried_again_when_asked(
 
     with caplog.at_level(logging.CRITICAL):
         in_a_mount(storage, act)
+
+
+def test_a_fault_in_the_background_ends_that_work_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, _ = full_table(is_killed=False)
+
+    async def broken(disk: Disk, *, is_forced: bool = False) -> None:
+        raise RuntimeError("nobody expected this")
+
+    async def act(job: Sweeper, disks: Disks, disk: Disk) -> None:
+        disk.handles += 1  # that which `begin` takes over
+        job.pause(disk)
+        await until(lambda: not job.status(disk)["is_running"])
+        await job.begin(disk, 1 << 40, retire=False)
+        await until(lambda: not job.status(disk)["is_running"])
+        assert disk.opened.is_rekeying
+        await disk.flush()
+        assert disk.handles == 1
+
+    monkeypatch.setattr(Disk, "sweep_part", broken)
+    in_a_mount(storage, act)
