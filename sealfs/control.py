@@ -31,6 +31,7 @@ Verb = Callable[[Document], Awaitable[Document]]
 
 LINE_MAX = 1 << 20  # bytes of a request or an answer
 CONNECTIONS_MAX = 64
+_CONNECT_WAIT = struct.pack("@ll", 3, 0)  # struct timeval: for ever, unless it is said
 _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 log = logging.getLogger("sealfs.control")
@@ -189,11 +190,15 @@ def connection(socket_path: Path) -> Iterator[socket.socket]:
     """Connect to a daemon's socket.
 
     Raises:
+        Busy: as many as may wait for its daemon do so already.
         NotFound: nobody listens there.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _CONNECT_WAIT)
         try:
             stream.connect(str(socket_path))
+        except BlockingIOError:
+            raise Busy(socket_path, "the daemon does not answer") from None
         except OSError as exc:
             raise NotFound(socket_path, f"nobody answers: {exc.strerror}") from exc
         yield stream

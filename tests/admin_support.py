@@ -53,23 +53,28 @@ def run(
     return done
 
 
+def unshared(*namespaces: str) -> subprocess.Popen[bytes]:
+    """Start a process that holds namespaces of its own, until it is killed; `-m` is one of them.
+
+    The mounts of other tests, of which it has a copy, would not end before it does.
+    """
+    hold = "umount -l -a -t fuse.sealfs; exec sleep 900"
+    holder = subprocess.Popen(
+        ["unshare", *namespaces, "--propagation", "private", "sh", "-c", hold],
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 10
+    while Path(f"/proc/{holder.pid}/comm").read_text() != "sleep\n":
+        assert time.monotonic() < end, "unshare"
+        time.sleep(0.01)
+    return holder
+
+
 class MountNamespace:
     """A mount namespace of its own: what is mounted over in it stays so elsewhere."""
 
     def __init__(self) -> None:
-        self._holder = subprocess.Popen(
-            ["unshare", "-m", "--propagation", "private", "sleep", "600"]
-        )
-        end = time.monotonic() + 10
-        mine = os.readlink("/proc/self/ns/mnt")
-        table = Path(f"/proc/{self._holder.pid}/mountinfo")
-        # It makes its mounts private after that; before, ours would be mounted over too.
-        while (
-            os.readlink(f"/proc/{self._holder.pid}/ns/mnt") == mine
-            or b" shared:" in table.read_bytes()
-        ):
-            assert time.monotonic() < end, "unshare"
-            time.sleep(0.01)
+        self._holder = unshared("-m")
 
     @property
     def root(self) -> Path:

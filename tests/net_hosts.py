@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from admin_support import unshared
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 180.0
 """Seconds: nothing here takes more than a few, but on a machine that others use as well."""
@@ -31,15 +33,7 @@ class NetHost:
         for made in (self.home, self.state):
             made.mkdir(mode=0o700)
         self._started: list[subprocess.Popen[str]] = []
-        self._holder = subprocess.Popen(
-            ["unshare", "-m", "-n", "--propagation", "private", "sleep", "900"]
-        )
-        mine = os.readlink("/proc/self/ns/net")
-        end = time.monotonic() + 10
-        table = Path(f"/proc/{self.pid}/mountinfo")
-        while os.readlink(f"/proc/{self.pid}/ns/net") == mine or b" shared:" in table.read_bytes():
-            assert time.monotonic() < end, "unshare"
-            time.sleep(0.01)
+        self._holder = unshared("-m", "-n")
         os.makedirs("/var/lib/sealfs", exist_ok=True)
         os.makedirs("/run/sealfs", exist_ok=True)
         self.shell(

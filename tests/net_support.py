@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import logging
 import os
 import signal
@@ -106,10 +107,17 @@ class LiveHost:
         self.run("sysctl", "-qw", "net.ipv6.conf.default.router_solicitations=0")
 
     def within(self, *command: object) -> list[str]:
-        return ["ip", "netns", "exec", self.namespace, *(str(word) for word in command)]
+        # Not `ip netns exec`: its copy of all mounts would keep those of other tests from ending.
+        enter = f"--net=/run/netns/{self.namespace}"
+        return ["nsenter", enter, "--", *(str(word) for word in command)]
 
     def run(self, *command: object, **options: Any) -> str:
         return run(*self.within(*command), **options)
+
+    def address_of(self, device: str) -> str:
+        """Return the hardware address of a network device, "02:00:00:00:00:01"."""
+        shown = json.loads(self.run("ip", "-json", "link", "show", device))
+        return str(shown[0]["address"])
 
     def start(self, *command: object, **options: Any) -> subprocess.Popen[Any]:
         """Start a program that ends with the host at the latest."""

@@ -16,9 +16,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TRANSCRIPTS = Path(__file__).parent / "cli"
 BINARIES = Path(sys.executable).parent
 COMMAND_WAIT = 60.0
+STACKS_WAIT = 1.0
 FRESH = "# fresh host"
 
 NORMAL = (
@@ -39,6 +43,7 @@ NORMAL = (
     (re.compile(r"signed by [0-9a-f]{8}\b"), "signed by ID"),
     (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\+00:00)?"), "TIME"),
     (re.compile(r"\(\d+\)"), "(PID)"),
+    (re.compile(r"/proc/\d+/"), "/proc/PID/"),
     (re.compile(r"   +"), "  "),
     # What a file takes on the storage is the file system's business.
     (re.compile(r"(allocated\"?:?  ?)[\d.]+[KMGT]?"), r"\1N"),
@@ -61,13 +66,15 @@ def prepared_host() -> Path:
     return directory
 
 
-def environment() -> dict[str, str]:
+def environment(stacks: str | Path = "") -> dict[str, str]:
     return {
         "PATH": f"{BINARIES}:{os.environ['PATH']}",
         "HOME": "/nonexistent",
         "LC_ALL": "C.UTF-8",
         "SEALFS_STATE": "state",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/stacks'}",
+        "SEALFS_STACKS": str(stacks),
+        "KEEP": str(TRANSCRIPTS / "keep"),
         "EDIT": f"{sys.executable} -m tests.cli.edit",
     }
 
@@ -86,24 +93,41 @@ def replay(text: str, directory: Path) -> str:
 
 
 def run(command: str, directory: Path) -> list[str]:
-    try:
-        done = subprocess.run(
-            ["bash", "-c", command],
-            cwd=directory,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=COMMAND_WAIT,
-        )
-    except subprocess.TimeoutExpired as exc:
-        found = f"{exc.stdout!r}, {exc.stderr!r}"
-        raise AssertionError(f"{command}: hangs; so far it said {found}") from None
+    with tempfile.TemporaryDirectory(prefix="sealfs-stacks-") as stacks:
+        try:
+            done = subprocess.run(
+                ["bash", "-c", command],
+                cwd=directory,
+                env=environment(Path(stacks)),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=COMMAND_WAIT,
+            )
+        except subprocess.TimeoutExpired as exc:
+            found = f"{exc.stdout!r}, {exc.stderr!r}\n{standing(Path(stacks))}"
+            raise AssertionError(f"{command}: hangs; so far it said {found}") from None
     lines = [f"| {normal(line, directory)}" for line in done.stdout.splitlines()]
     lines += [f"! {normal(line, directory)}" for line in done.stderr.splitlines()]
     if done.returncode:
         lines.append(f"= {done.returncode}")
     return [line.rstrip() for line in lines]
+
+
+def standing(stacks: Path) -> str:
+    """Say where each process is that a command started and that has not ended."""
+    there = [path for path in stacks.iterdir() if Path("/proc", path.name).exists()]
+    for path in there:
+        os.kill(int(path.name), signal.SIGUSR1)
+    time.sleep(STACKS_WAIT)
+    found = []
+    for path in there:
+        process = Path("/proc", path.name)
+        found.append((process / "cmdline").read_text().replace("\0", " "))
+        waits = [(task / "stack").read_text() for task in (process / "task").iterdir()]
+        found += [f"{count} threads:\n{wait}" for wait, count in Counter(waits).items()]
+        found.append(path.read_text())
+    return "\n".join(found)
 
 
 def normal(line: str, directory: Path) -> str:

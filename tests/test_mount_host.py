@@ -11,6 +11,7 @@ import mmap
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -32,9 +33,11 @@ from admin_support import MountNamespace, as_user, mount_namespace, python_for_o
 from host_support import Host
 from mount_support import DEADLINE, ROOT, mounted, open_offline, seal_new, wait_for
 
+from sealfs.cli.errors import Situation, hint_of
+from sealfs.control import connection
 from sealfs.errors import Busy, StorageFailed, UsageError
 from sealfs.mount import daemon, kernel, session
-from sealfs.mount.control import find_mount
+from sealfs.mount.control import find_mount, running_mounts
 from sealfs.mount.options import MountOptions
 from sealfs.mount.protocol import IN_HEADER, OUT_HEADER, Opcode
 from sealfs.mount.relay import CONGESTION_THRESHOLD, MAX_BACKGROUND, Relay
@@ -626,7 +629,6 @@ def test_a_mount_point_that_another_namespace_removes(source: Path) -> None:
         with open(mountpoint / "disk.raw", "r+b", buffering=0) as file:
             file.write(b"kept")
             with mount_namespace() as inside:
-                inside.run("umount", "-l", mountpoint)
                 inside.run("rmdir", mountpoint)
             assert kernel.mounted_at(str(mountpoint)) is None
             assert os.pread(file.fileno(), 4, 0) == b"kept"
@@ -668,6 +670,40 @@ def test_a_new_mount_in_the_place_of_one_that_still_closes(source: Path) -> None
             assert new.wait(DEADLINE) == 0
     if not is_same:
         pytest.skip("other mounts of this host took the number")
+
+
+def test_a_mount_that_another_namespace_has_too_is_said_to_be_there_still(source: Path) -> None:
+    mountpoint, run_dir = source.parent / "mnt", source.parent / "run"
+    with ending(source, mountpoint) as process, contextlib.ExitStack() as stack:
+        (mountpoint / "disk.raw").write_bytes(b"kept")
+        keeper = subprocess.Popen([ROOT / "tests/cli/keep", mountpoint])
+        stack.callback(keeper.wait)
+        stack.callback(keeper.kill)
+        wait_for(lambda: Path(f"/proc/{keeper.pid}/comm").read_text() == "sleep\n", "unshare")
+        with pytest.raises(Busy, match=rf"but sleep \({keeper.pid}\) has it in") as caught:
+            session.unmount(mountpoint, run_dir=run_dir)
+        assert process.poll() is None
+        assert kernel.mounted_at(str(mountpoint)) is None
+        hint = hint_of(caught.value, Situation(command="umount", path=mountpoint))
+        assert hint == f"nsenter --mount=/proc/{keeper.pid}/ns/mnt umount {mountpoint}"
+        run(*shlex.split(hint))
+        assert process.wait(DEADLINE) == 0
+        assert keeper.poll() is None
+    assert is_clean(source, start=b"kept")
+
+
+def test_a_daemon_with_which_many_wait_already_does_not_answer(tmp_path: Path) -> None:
+    place = tmp_path / "7.sock"
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener.bind(str(place))
+        listener.listen(0)
+        stack.enter_context(connection(place))
+        began = time.monotonic()
+        with pytest.raises(Busy, match="does not answer"):
+            stack.enter_context(connection(place))
+        assert time.monotonic() - began > 1
+        assert list(running_mounts(tmp_path)) == []
 
 
 def test_a_stopped_daemon_holds_up_its_own_mount_only(source: Path) -> None:

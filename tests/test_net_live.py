@@ -351,7 +351,7 @@ def test_ipv6_between_the_hosts(hosts: Hosts) -> None:
 def test_raw_ethernet_between_the_hosts(hosts: Hosts, tmp_path: Path) -> None:
     a, b = hosts
     wire(a, b, "bare", ("10.0.7.1/24", "10.0.7.2/24"))
-    addresses = [host.run("cat", "/sys/class/net/bare/address").strip() for host in (a, b)]
+    addresses = [host.address_of("bare") for host in (a, b)]
     for number, host in ((1, a), (2, b)):
         allow(host, f"raw-{number}")
         host.attach(
@@ -370,7 +370,7 @@ def test_raw_ethernet_between_the_hosts(hosts: Hosts, tmp_path: Path) -> None:
     wait_for(lambda: len(capture.frames()) > 750, "the capture")
     frames = capture.stop(b"\x88\xe5")
     # The guests' own addresses, and our SCI in the tag.
-    tap = bytes.fromhex(a.run("cat", "/sys/class/net/raw/address").strip().replace(":", ""))
+    tap = bytes.fromhex(a.address_of("raw").replace(":", ""))
     sci = bytes.fromhex(a.status("raw-1")["sci"])
     assert sum(frame[6:12] == tap and frame[20:28] == sci for frame in frames) > 500
     # Plain frames on the segment reach no VM: this ping is for the host's own address.
@@ -382,7 +382,7 @@ def test_raw_ethernet_between_the_hosts(hosts: Hosts, tmp_path: Path) -> None:
 def test_the_kernels_macsec_is_used_or_it_is_said_why_not(hosts: Hosts) -> None:
     a, b = hosts
     wire(a, b, "lower", ("10.0.9.1/24", "10.0.9.2/24"))
-    addresses = [host.run("cat", "/sys/class/net/lower/address").strip() for host in (a, b)]
+    addresses = [host.address_of("lower") for host in (a, b)]
     where = [
         {
             "port": {"tap": "ms0"}, "link": {"device": "lower"}, "peers": [addresses[2 - number]],

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -93,6 +94,7 @@ _NO_SPACE_ERRNOS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 STATE_DEFAULT = Path("/var/lib/sealfs")
 _ROOTS_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # sudoers: secure_path
+_KEPT_MOUNT = re.compile(r"but [^(]*\((\w+)\).* has it in a mount namespace")
 _KEPT_BY_HOST = ("key record", "registry", "ledger", "host")
 
 
@@ -186,6 +188,9 @@ def _busy(error: BaseException, situation: Situation) -> str | None:
         vm, _, index = getattr(error, "subject", "").rpartition("/")
         again = f"net detach --vm {shlex.quote(vm)}" + (f" --device-index {index}" * (index != "0"))
         return situation.sealfs(again)
+    kept = _KEPT_MOUNT.search(text)
+    if kept is not None and situation.path is not None:
+        return f"nsenter --mount=/proc/{kept[1]}/ns/mnt umount {_absolute(situation.path)}"
     if "already mounted" in text:
         return situation.sealfs(f"umount {situation.quoted}")
     if situation.mountpoint is None:
@@ -196,6 +201,10 @@ def _busy(error: BaseException, situation: Situation) -> str | None:
     if situation.command == "export":
         return f"qemu-img convert -f raw -O qcow2 {shown} COPY.qcow2"
     return f"stop the virtual machine that uses {shown}"
+
+
+def _absolute(path: Path) -> str:
+    return shlex.quote(os.path.abspath(path))
 
 
 def _free(mountpoint: Path, situation: Situation) -> str:

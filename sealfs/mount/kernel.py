@@ -52,11 +52,11 @@ class Mounted:
     source: str
 
 
-def mounts() -> list[Mounted]:
-    """Return all mounts of this mount namespace, the newest last."""
+def mounts(process: Path = Path("/proc/self")) -> list[Mounted]:
+    """Return all mounts of a process' mount namespace, the newest last."""
     found = []
     # Paths may hold any byte; lines end at a newline only.
-    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).rstrip("\n").split("\n"):
+    for line in os.fsdecode((process / "mountinfo").read_bytes()).rstrip("\n").split("\n"):
         left, _, right = line.partition(" - ")
         fields, rest = left.split(" "), right.split(" ")
         major, _, minor = fields[2].partition(":")
@@ -71,11 +71,28 @@ def mounted_at(mountpoint: str) -> Mounted | None:
     return next((m for m in reversed(mounts()) if m.mountpoint == mountpoint), None)
 
 
-def places_of(mounted: Mounted) -> list[str]:
+def places_of(mounted: Mounted, process: Path = Path("/proc/self")) -> list[str]:
     """Return where this mount is now, the newest first: its directory may have been renamed."""
     same = (mounted.major, mounted.minor, mounted.fstype)
-    found = [m.mountpoint for m in mounts() if (m.major, m.minor, m.fstype) == same]
+    found = [m.mountpoint for m in mounts(process) if (m.major, m.minor, m.fstype) == same]
     return found[::-1]
+
+
+def keepers(mounted: Mounted) -> list[str]:
+    """Return "name (pid)" of a process in each other mount namespace that has this mount too.
+
+    Such a namespace began with a copy of everything that was mounted; unless its mounts follow
+    those of the host, what is unmounted here stays there, and is served until the last one goes.
+    """
+    seen = {os.readlink("/proc/self/ns/mnt")}
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone, or not ours to look at
+            namespace = os.readlink(process / "ns/mnt")
+            if namespace not in seen and places_of(mounted, process):
+                found.append(f"{_name_of(process)} ({process.name})")
+            seen.add(namespace)
+    return found[:_HOLDERS_MAX]
 
 
 def check_mountpoint(mountpoint: Path) -> None:
@@ -271,13 +288,16 @@ def holders(mountpoint: str) -> list[str]:
             continue
         try:
             if _is_holder(process, mountpoint, prefix):
-                name = (process / "comm").read_text(errors="replace").strip()
-                found.append(f"{name} ({process.name})")
+                found.append(f"{_name_of(process)} ({process.name})")
         except OSError:
             continue  # gone, or not ours to look at
         if len(found) >= _HOLDERS_MAX:
             break
     return found
+
+
+def _name_of(process: Path) -> str:
+    return (process / "comm").read_text(errors="replace").strip()
 
 
 def _is_holder(process: Path, mountpoint: str, prefix: str) -> bool:

@@ -27,7 +27,7 @@ import pyfuse3
 import trio
 
 from sealfs.control import ControlServer, Document, connection, receive, run_directory
-from sealfs.errors import NotFound, SealfsError, StorageFailed, UsageError
+from sealfs.errors import Busy, NotFound, SealfsError, StorageFailed, UsageError
 from sealfs.image.cache import BlockCache
 from sealfs.keys.hardening import harden
 from sealfs.mount import daemon, kernel
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 UNSHOWN_NAMED_MAX = 20  # files in the warning at mount
 FAREWELL = 2.0  # seconds for waiters to read that the mount has ended
+KEEPERS_WAIT = 1.0  # seconds until somebody else's copy of the mount may be why it goes on
 EXIT_WAIT = 30.0  # seconds for the daemon's process to go after its images are closed
 
 SWITCH_INTERVAL = 0.0005
@@ -383,7 +384,7 @@ def unmount(mountpoint: Path, *, run_dir: Path | None = None) -> None:
     """Unmount, and return when the daemon has closed its images and gone.
 
     Raises:
-        Busy: files are open; names the processes.
+        Busy: files are open, or it is unmounted here and not everywhere; names the processes.
         NotFound: nothing is mounted there.
         StorageFailed: an image could not be closed cleanly; recovery at its next open decides.
     """
@@ -393,20 +394,22 @@ def unmount(mountpoint: Path, *, run_dir: Path | None = None) -> None:
     found = None
     if there is not None and there.fstype == kernel.FSTYPE:
         found = mount_of_device(there.minor, run_dir)
-    if found is None:
+    if there is None or found is None:
         # Nobody serves it: a dead mount, or none.
         kernel.unmount(mountpoint)
-        return
-    _unmount_running(found, mountpoint)
+    else:
+        _unmount_running(found, mountpoint, there)
 
 
-def _unmount_running(found: RunningMount, mountpoint: Path) -> None:
+def _unmount_running(found: RunningMount, mountpoint: Path, mounted: kernel.Mounted) -> None:
     pid = int(found.status["pid"])
     with connection(found.socket_path) as stream:
         stream.sendall(b'{"verb": "wait"}\n')
         watcher = _open_pidfd(pid)
         try:
             kernel.unmount(mountpoint)
+            while not select.select([stream], [], [], KEEPERS_WAIT)[0]:
+                _refuse_keepers(mountpoint, mounted)
             answer: dict[str, Any] = receive(stream, found.socket_path)
             if watcher is not None:
                 select.select([watcher], [], [], EXIT_WAIT)
@@ -417,6 +420,17 @@ def _unmount_running(found: RunningMount, mountpoint: Path) -> None:
     if failed:
         path, reason = next(iter(failed.items()))
         raise StorageFailed(path, f"was not closed cleanly: {reason}")
+
+
+def _refuse_keepers(mountpoint: Path, mounted: kernel.Mounted) -> None:
+    """Say who has the mount still, or it would be waited for without a word."""
+    keepers = kernel.keepers(mounted)
+    if keepers:
+        raise Busy(
+            mountpoint,
+            f"is unmounted here, but {', '.join(keepers)} has it in a mount namespace of its own:"
+            " its images are open until it is unmounted there too",
+        )
 
 
 def _open_pidfd(pid: int) -> int | None:
