@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,12 +104,19 @@ def make_cold(side: Side) -> None:
     drop_caches()
 
 
-def make_warm(side: Side) -> None:
-    """Have what the side keeps on the storage in the page cache, whatever was dropped meanwhile."""
+def make_warm(side: Side, size: int) -> None:
+    """Have what the side keeps on the storage in the page cache, whatever was dropped meanwhile.
+
+    And memory that is free, `size` bytes of it: on a virtual machine its host may have taken that
+    back, and the first who is given it waits 7 us for each page. It is not to be who is measured.
+    """
     for path in () if side.stored is None else filter(Path.is_file, side.stored.rglob("*")):
         with open(path, "rb", buffering=0) as file:
             while file.read(1 << 20):
                 pass
+    with mmap.mmap(-1, size) as memory:
+        for at in range(0, size, mmap.PAGESIZE):
+            memory[at] = 1
 
 
 def _cpu(side: Side) -> float | None:

@@ -30,6 +30,7 @@ from peers import MAKERS, Side
 from rows import PEERS, ROWS, SEALFS, SIDES, Row
 
 SIZE = "1280M"  # four times the caches at their defaults, 256M and 64M
+MEMORY_SHARE = 2  # of the size: what a run takes of memory that was free, and room
 SIZE_MIN = 16 << 20  # four disks, the smallest of four of the largest requests
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SIZE = re.compile(r"(\d+)([KMG]?)", re.IGNORECASE)
@@ -113,7 +114,10 @@ def _measure_job(row: Row, sides: list[Side], *, size: int, seconds: float, pair
     for pair in range(pairs):
         for side in list(working if pair % 2 == 0 else reversed(working)):
             try:
-                (make_cold if row.is_cold else make_warm)(side)
+                if row.is_cold:
+                    make_cold(side)
+                else:
+                    make_warm(side, MEMORY_SHARE * size)
                 if job == "seqwrite-fill":
                     side.empty_disk(size)
                 figures = fio(job, side, size=size, seconds=seconds, seed=pair + 1)

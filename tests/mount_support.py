@@ -25,7 +25,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from sealfs.errors import KeyRefused
 from sealfs.image.format import Anchor
-from sealfs.image.reader import SENT, UNSURE
+from sealfs.image.layout import BLOCK_SIZE
+from sealfs.image.reader import SEND_BLOCKS_MAX, SENT, UNSURE
 from sealfs.keys import ledger as ledgers
 from sealfs.keys.ledger import Ledger
 from sealfs.keys.registry import Registry, RegistryFile
@@ -202,6 +203,24 @@ class FakeImage:
             return UNSURE
         outbox.put(header, self._view[offset : offset + size])
         return SENT
+
+    def plan_read(self, offset: int, size: int) -> Any:
+        if offset + size > self.size:
+            return None
+
+        def fetch(view: memoryview, may_wait: bool) -> bool:
+            view[:] = self._view[offset : offset + size]
+            return True
+
+        return fetch
+
+    def quick(self) -> FakeImage:
+        return self
+
+    def answer(self, offset: int, size: int, outbox: Any, header: bytes) -> bool:
+        if not size or (offset | size) % BLOCK_SIZE or size > SEND_BLOCKS_MAX * BLOCK_SIZE:
+            return False
+        return self.send_blocks(offset, size, outbox, header) == SENT
 
     def read_steps(self, offset: int, size: int) -> Any:
         return (yield lambda: bytes(self._view[offset : min(offset + size, self.size)]))

@@ -209,9 +209,9 @@ def test_what_is_read_often_is_kept(image: SealedImage) -> None:
     assert not clean
     assert sent(image, PAGE) == content_of(1)
     assert len(clean) == 1
-    hits = image._reader._cache._cache.hits
+    hits = image._reader._cache.shared.hits
     assert sent(image, PAGE) == content_of(1)
-    assert image._reader._cache._cache.hits == hits + 1
+    assert image._reader._cache.shared.hits == hits + 1
 
 
 def test_keys_are_let_go_of(image: SealedImage) -> None:

@@ -357,7 +357,7 @@ def crowded() -> tuple[WideSession, SealedImage]:
     lab = BranchLab(seed=41, cap_point=2, inner=0.0, later=0.0, cache_blocks=8)
     session = session_of(lab, "bc")
     storage = SimulatedStorage(lab.fresh())
-    cache: BlockCache = session.image._cache._cache
+    cache: BlockCache = session.image._cache.shared
     other = SealedImage.open(storage, image_key=KEY, cache=cache, geometry=GEOMETRY)
     for block in range(8):
         assert other.try_write(block * PAGE, bytes([block + 1]) * PAGE)

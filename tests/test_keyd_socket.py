@@ -304,7 +304,7 @@ def test_descriptors_do_not_pile_up(keys: RemoteKeys) -> None:
         keys.registry.entries()
         keys.lock_image("x", bytes(16), shared=False).close()
     # The broker closes its copy right after the client has its own.
-    wait_until(lambda: count() == before)
+    wait_until(lambda: count() <= before)
 
 
 def test_an_image_lock_is_held_until_it_is_closed(running: Running, tmp_path: Path) -> None:

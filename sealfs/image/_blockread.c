@@ -310,6 +310,41 @@ static int open_block(Opener *self, EVP_CIPHER_CTX *ctx, const unsigned char *en
            EVP_DecryptFinal_ex(ctx, content + BLOCK_SIZE, &count) == 1 && count == 0;
 }
 
+/* Put `count` blocks at `offset` of fd, opened, into the outbox. */
+enum sent { SENT, WOULD_WAIT, NOT_AUTHENTIC, KEY_UNKNOWN, FAILED };
+
+static enum sent send_blocks(Opener *self, int fd, long long offset, uint64_t block,
+                             Py_ssize_t count, const unsigned char *entries, Outbox *outbox,
+                             const Py_buffer *header, const unsigned char **unknown,
+                             unsigned char **content)
+{
+    size_t size = (size_t)count * BLOCK_SIZE;
+    EVP_CIPHER_CTX *ctxs[BLOCKS_MAX];
+    for (Py_ssize_t i = 0; i < count; i++) {
+        ctxs[i] = find_key(self, entries + i * ENTRY_SIZE);
+        if (ctxs[i] == NULL) {
+            *unknown = entries + i * ENTRY_SIZE;
+            return KEY_UNKNOWN;
+        }
+    }
+    unsigned char *plain = next_answer(outbox, header);
+    if (plain == NULL)
+        return FAILED;
+    struct iovec in = {plain, size};
+    if (preadv2(fd, &in, 1, (off_t)offset, RWF_NOWAIT) != (ssize_t)size)
+        return WOULD_WAIT;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (!open_block(self, ctxs[i], entries + i * ENTRY_SIZE, block + (uint64_t)i,
+                        plain + i * BLOCK_SIZE)) {
+            OPENSSL_cleanse(plain, size); /* nothing of it may be taken for plaintext */
+            return NOT_AUTHENTIC;
+        }
+    }
+    outbox->sizes[outbox->count++] = (size_t)header->len + size;
+    *content = plain;
+    return SENT;
+}
+
 PyDoc_STRVAR(send_doc,
 "send(fd, offset, block, count, leaf, at, outbox, header, keep) -> content\n\n"
 "Read `count` present blocks at `offset` of fd, 32 at most, if they are in the page cache, open\n"
@@ -341,39 +376,32 @@ static PyObject *opener_send(PyObject *object, PyObject *const *args, Py_ssize_t
         PyErr_SetString(PyExc_ValueError, "send: sizes do not fit");
         goto end;
     }
-    const unsigned char *entry = (const unsigned char *)leaf.buf + at;
-    size_t size = (size_t)count * BLOCK_SIZE;
-    EVP_CIPHER_CTX *ctxs[BLOCKS_MAX];
-    for (Py_ssize_t i = 0; i < count; i++, entry += ENTRY_SIZE) {
-        ctxs[i] = find_key(self, entry);
-        if (ctxs[i] != NULL)
-            continue;
-        PyObject *epoch = PyObject_CallMethod((PyObject *)&PyLong_Type, "from_bytes", "y#s", entry,
-                                              (Py_ssize_t)4, "little");
+    const unsigned char *unknown;
+    unsigned char *content;
+    PyObject *epoch;
+    switch (send_blocks(self, fd, offset, block, count, (const unsigned char *)leaf.buf + at,
+                        outbox, &header, &unknown, &content)) {
+    case SENT:
+        result = keep ? PyBytes_FromStringAndSize((char *)content, count * BLOCK_SIZE)
+                      : Py_NewRef(Py_True);
+        if (result == NULL)
+            outbox->count--; /* who is told of an error has no answer */
+        break;
+    case WOULD_WAIT:
+        result = Py_NewRef(Py_None);
+        break;
+    case NOT_AUTHENTIC:
+        result = Py_NewRef(Py_False);
+        break;
+    case KEY_UNKNOWN:
+        epoch = PyObject_CallMethod((PyObject *)&PyLong_Type, "from_bytes", "y#s", unknown,
+                                    (Py_ssize_t)4, "little");
         PyErr_SetObject(PyExc_KeyError, epoch);
         Py_XDECREF(epoch);
-        goto end;
+        break;
+    case FAILED:
+        break;
     }
-    unsigned char *plain = next_answer(outbox, &header);
-    if (plain == NULL)
-        goto end;
-    struct iovec in = {plain, size};
-    if (preadv2(fd, &in, 1, (off_t)offset, RWF_NOWAIT) != (ssize_t)size) {
-        result = Py_NewRef(Py_None);
-        goto end;
-    }
-    entry = (const unsigned char *)leaf.buf + at;
-    for (Py_ssize_t i = 0; i < count; i++, entry += ENTRY_SIZE) {
-        if (!open_block(self, ctxs[i], entry, block + (uint64_t)i, plain + i * BLOCK_SIZE)) {
-            OPENSSL_cleanse(plain, size); /* nothing of it may be taken for plaintext */
-            result = Py_NewRef(Py_False);
-            goto end;
-        }
-    }
-    result = keep ? PyBytes_FromStringAndSize((char *)plain, (Py_ssize_t)size)
-                  : Py_NewRef(Py_True);
-    if (result != NULL)
-        outbox->sizes[outbox->count++] = (size_t)header.len + size;
 end:
     PyBuffer_Release(&leaf);
     PyBuffer_Release(&header);
@@ -402,6 +430,341 @@ static PyType_Spec opener_spec = {
     .slots = opener_slots,
 };
 
+/* Reads of one image that need nothing but what is in memory.
+ *
+ * As `Reader.send_blocks`, for the usual case only; False in every other, and nothing has happened.
+ * It looks into the very dictionaries that Python works with, while it holds the interpreter: there
+ * is no second state that could be outdated. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *image, *volume, *cache, *shared, *clean, *nodes, *leaves;
+    Opener *opener;
+    int fd;
+    unsigned met, keep_every;
+    unsigned long long base, group_blocks, fanout, first_home, slot_size;
+} Quick;
+
+static PyObject *name_size, *name_inline, *name_dirty, *name_committing, *name_present, *name_slots,
+    *name_move_to_end, *name_put_clean, *name_hits;
+
+static int quick_clear(Quick *self)
+{
+    Py_CLEAR(self->image);
+    Py_CLEAR(self->volume);
+    Py_CLEAR(self->cache);
+    Py_CLEAR(self->shared);
+    Py_CLEAR(self->clean);
+    Py_CLEAR(self->nodes);
+    Py_CLEAR(self->leaves);
+    Py_CLEAR(self->opener);
+    return 0;
+}
+
+static int quick_traverse(Quick *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->image);
+    Py_VISIT(self->volume);
+    Py_VISIT(self->cache);
+    Py_VISIT(self->shared);
+    Py_VISIT(self->clean);
+    Py_VISIT(self->nodes);
+    Py_VISIT(self->leaves);
+    Py_VISIT(self->opener);
+    return 0;
+}
+
+static void quick_dealloc(Quick *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    quick_clear(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyTypeObject *opener_type;
+
+static PyObject *quick_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"image", "volume", "cache", "shared", "clean", "nodes", "leaves",
+                            "opener", "fd", "base", "group_blocks", "fanout", "first_home",
+                            "slot_size", "keep_every", NULL};
+    PyObject *image, *volume, *cache, *shared, *clean, *nodes, *leaves, *opener;
+    int fd;
+    unsigned keep_every;
+    unsigned long long base, group_blocks, fanout, first_home, slot_size;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO!O!O!O!iKKKKKI", names, &image, &volume,
+                                     &cache, &shared, &PyDict_Type, &clean, &PyDict_Type, &nodes,
+                                     &PyDict_Type, &leaves, opener_type, &opener, &fd, &base,
+                                     &group_blocks, &fanout, &first_home, &slot_size, &keep_every))
+        return NULL;
+    if (!group_blocks || !fanout || !keep_every) {
+        PyErr_SetString(PyExc_ValueError, "Quick: sizes do not fit");
+        return NULL;
+    }
+    Quick *self = (Quick *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    self->image = Py_NewRef(image);
+    self->volume = Py_NewRef(volume);
+    self->cache = Py_NewRef(cache);
+    self->shared = Py_NewRef(shared);
+    self->clean = Py_NewRef(clean);
+    self->nodes = Py_NewRef(nodes);
+    self->leaves = Py_NewRef(leaves);
+    self->opener = (Opener *)Py_NewRef(opener);
+    self->fd = fd;
+    self->base = base;
+    self->group_blocks = group_blocks;
+    self->fanout = fanout;
+    self->first_home = first_home;
+    self->slot_size = slot_size;
+    self->keep_every = keep_every;
+    return (PyObject *)self;
+}
+
+/* Whether a dictionary has one of some numbers: 1, 0, or -1 with an exception set. */
+static int has_any(PyObject *blocks, unsigned long long first, unsigned long long count)
+{
+    if (!PyDict_Check(blocks)) {
+        PyErr_SetString(PyExc_TypeError, "Quick: blocks that are no dictionary");
+        return -1;
+    }
+    if (PyDict_GET_SIZE(blocks) == 0)
+        return 0;
+    int found = 0;
+    for (unsigned long long i = 0; i < count && !found; i++) {
+        PyObject *key = PyLong_FromUnsignedLongLong(first + i);
+        found = key == NULL ? -1 : PyDict_Contains(blocks, key);
+        Py_XDECREF(key);
+    }
+    return found;
+}
+
+static int has_any_of(PyObject *owner, PyObject *name, unsigned long long first,
+                      unsigned long long count)
+{
+    PyObject *blocks = PyObject_GetAttr(owner, name);
+    int found = blocks == NULL ? -1 : has_any(blocks, first, count);
+    Py_XDECREF(blocks);
+    return found;
+}
+
+/* Returns what a dictionary has under a number, borrowed; NULL without an exception where nothing. */
+static PyObject *at_number(PyObject *dict, unsigned long long number)
+{
+    PyObject *key = PyLong_FromUnsignedLongLong(number), *found = NULL;
+    if (key != NULL)
+        found = PyDict_GetItemWithError(dict, key);
+    Py_XDECREF(key);
+    return found;
+}
+
+/* Answer with a block of the plaintext cache: 1, 0 where it has none, -1 with an exception set. */
+static int answer_clean(Quick *self, unsigned long long block, Outbox *outbox,
+                        const Py_buffer *header)
+{
+    PyObject *key = PyLong_FromUnsignedLongLong(self->base + block), *found = NULL, *moved = NULL,
+             *hits = NULL, *more = NULL, *one = NULL;
+    int status = -1;
+    if (key == NULL)
+        return -1;
+    found = Py_XNewRef(PyDict_GetItemWithError(self->clean, key));
+    if (found == NULL) {
+        status = PyErr_Occurred() ? -1 : 0;
+        goto end;
+    }
+    if (!PyBytes_Check(found) || PyBytes_GET_SIZE(found) != BLOCK_SIZE) {
+        status = 0;
+        goto end;
+    }
+    moved = PyObject_CallMethodOneArg(self->clean, name_move_to_end, key);
+    hits = PyObject_GetAttr(self->shared, name_hits);
+    one = PyLong_FromLong(1);
+    if (moved == NULL || hits == NULL || one == NULL)
+        goto end;
+    more = PyNumber_Add(hits, one);
+    if (more == NULL || PyObject_SetAttr(self->shared, name_hits, more) < 0)
+        goto end;
+    unsigned char *at = next_answer(outbox, header);
+    if (at == NULL)
+        goto end;
+    memcpy(at, PyBytes_AS_STRING(found), BLOCK_SIZE);
+    outbox->sizes[outbox->count++] = (size_t)header->len + BLOCK_SIZE;
+    status = 1;
+end:
+    Py_XDECREF(one);
+    Py_XDECREF(more);
+    Py_XDECREF(hits);
+    Py_XDECREF(moved);
+    Py_XDECREF(found);
+    Py_DECREF(key);
+    return status;
+}
+
+/* Where a group's slot is: 1 and its number, 0 where the group has none, -1 with an exception. */
+static int find_slot(Quick *self, unsigned long long group, uint32_t *slot)
+{
+    Py_buffer present = {0}, slots = {0};
+    size_t i = group % self->fanout;
+    int status = -1;
+    PyObject *node = at_number(self->nodes, group / self->fanout);
+    if (node == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    PyObject *flags = PyObject_GetAttr(node, name_present), *numbers = NULL;
+    if (flags == NULL || PyObject_GetBuffer(flags, &present, PyBUF_SIMPLE) < 0)
+        goto end;
+    if (i >= (size_t)present.len || !((unsigned char *)present.buf)[i]) {
+        status = 0;
+        goto end;
+    }
+    numbers = PyObject_GetAttr(node, name_slots);
+    if (numbers == NULL || PyObject_GetBuffer(numbers, &slots, PyBUF_SIMPLE) < 0)
+        goto end;
+    if ((i + 1) * sizeof(*slot) <= (size_t)slots.len) {
+        memcpy(slot, (char *)slots.buf + i * sizeof(*slot), sizeof(*slot));
+        status = 1;
+    } else
+        status = 0;
+end:
+    PyBuffer_Release(&slots);
+    PyBuffer_Release(&present);
+    Py_XDECREF(numbers);
+    Py_XDECREF(flags);
+    return status;
+}
+
+/* As `quick_answer`: 1, 0 or -1 with an exception set. */
+static int answer(Quick *self, unsigned long long offset, unsigned long long size, Outbox *outbox,
+                  const Py_buffer *header)
+{
+    if (size == 0 || size > BLOCKS_MAX * BLOCK_SIZE || (offset | size) % BLOCK_SIZE)
+        return 0;
+    unsigned long long first = offset / BLOCK_SIZE, count = size / BLOCK_SIZE;
+    PyObject *length = PyObject_GetAttr(self->image, name_size);
+    if (length == NULL)
+        return -1;
+    unsigned long long disk_size = PyLong_AsUnsignedLongLong(length);
+    Py_DECREF(length);
+    if (PyErr_Occurred())
+        return -1;
+    if (offset > disk_size || size > disk_size - offset)
+        return 0;
+    int newer = has_any_of(self->cache, name_dirty, first, count);
+    if (newer == 0)
+        newer = has_any_of(self->cache, name_committing, first, count);
+    if (newer)
+        return newer < 0 ? -1 : 0;
+    if (count == 1) {
+        int status = answer_clean(self, first, outbox, header);
+        if (status)
+            return status;
+    }
+    unsigned long long group = first / self->group_blocks, index = first % self->group_blocks;
+    if (index + count > self->group_blocks)
+        return 0;
+    PyObject *away = PyObject_GetAttr(self->volume, name_inline);
+    if (away == NULL)
+        return -1;
+    int is_away = PyObject_IsTrue(away); /* some blocks are in the journal */
+    Py_DECREF(away);
+    if (is_away)
+        return is_away < 0 ? -1 : 0;
+    uint32_t slot;
+    int status = find_slot(self, group, &slot);
+    if (status <= 0)
+        return status;
+    PyObject *page = at_number(self->leaves, group);
+    if (page == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    Py_buffer leaf = {0};
+    if (PyObject_GetBuffer(page, &leaf, PyBUF_SIMPLE) < 0)
+        return -1;
+    unsigned char *content;
+    const unsigned char *unknown, *entries = (unsigned char *)leaf.buf + index * ENTRY_SIZE;
+    enum sent sent = WOULD_WAIT;
+    if ((index + count) * ENTRY_SIZE <= (size_t)leaf.len) {
+        unsigned long long at = self->first_home + slot * self->slot_size + index * BLOCK_SIZE;
+        /* A hole among them names epoch 0, which nobody knows. */
+        sent = send_blocks(self->opener, self->fd, (long long)at, first, (Py_ssize_t)count,
+                           entries, outbox, header, &unknown, &content);
+    }
+    PyBuffer_Release(&leaf);
+    if (sent != SENT)
+        return sent == FAILED ? -1 : 0;
+    if (count > 1 || ++self->met % self->keep_every)
+        return 1;
+    PyObject *kept = PyBytes_FromStringAndSize((char *)content, BLOCK_SIZE);
+    PyObject *key = PyLong_FromUnsignedLongLong(first), *done = NULL;
+    if (kept != NULL && key != NULL)
+        done = PyObject_CallMethodObjArgs(self->cache, name_put_clean, key, kept, NULL);
+    if (done == NULL)
+        PyErr_Clear(); /* it is answered; only the next reader of it waits a little longer */
+    Py_XDECREF(done);
+    Py_XDECREF(key);
+    Py_XDECREF(kept);
+    return 1;
+}
+
+PyDoc_STRVAR(answer_doc,
+"answer(offset, size, outbox, header) -> bool\n\n"
+"Put header and the blocks of a range into the outbox, if all of them are in memory and at home;\n"
+"else False, and nothing has happened.");
+
+static PyObject *quick_answer(PyObject *object, PyObject *const *args, Py_ssize_t arg_count)
+{
+    Py_buffer header = {0};
+    if (arg_count != 4 || !Py_IS_TYPE(args[2], outbox_type)) {
+        PyErr_SetString(PyExc_TypeError, "answer: four arguments, the third an Outbox");
+        return NULL;
+    }
+    unsigned long long offset = PyLong_AsUnsignedLongLong(args[0]);
+    unsigned long long size = PyErr_Occurred() ? 0 : PyLong_AsUnsignedLongLong(args[1]);
+    if (PyErr_Occurred() || PyObject_GetBuffer(args[3], &header, PyBUF_SIMPLE) < 0)
+        return NULL;
+    int status = answer((Quick *)object, offset, size, (Outbox *)args[2], &header);
+    PyBuffer_Release(&header);
+    return status < 0 ? NULL : PyBool_FromLong(status);
+}
+
+static PyMethodDef quick_methods[] = {
+    {"answer", (PyCFunction)(void (*)(void))quick_answer, METH_FASTCALL, answer_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot quick_slots[] = {
+    {Py_tp_new, quick_new},
+    {Py_tp_dealloc, quick_dealloc},
+    {Py_tp_traverse, quick_traverse},
+    {Py_tp_clear, quick_clear},
+    {Py_tp_methods, quick_methods},
+    {Py_tp_doc, "Answers reads of one image from memory. One thread at a time."},
+    {0, NULL},
+};
+
+static PyType_Spec quick_spec = {
+    .name = "sealfs.image._blockread.Quick",
+    .basicsize = sizeof(Quick),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = quick_slots,
+};
+
+static int intern_names(void)
+{
+    static const struct { PyObject **place; const char *name; } names[] = {
+        {&name_size, "size"}, {&name_inline, "inline"}, {&name_dirty, "dirty"},
+        {&name_committing, "committing"}, {&name_present, "present"}, {&name_slots, "slots"},
+        {&name_move_to_end, "move_to_end"}, {&name_put_clean, "put_clean"}, {&name_hits, "hits"},
+    };
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+        *names[i].place = PyUnicode_InternFromString(names[i].name);
+        if (*names[i].place == NULL)
+            return -1;
+    }
+    return 0;
+}
+
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT,
     .m_name = "sealfs.image._blockread",
@@ -413,11 +776,14 @@ PyMODINIT_FUNC PyInit__blockread(void)
 {
     PyObject *self = PyModule_Create(&module);
     PyObject *opener = PyType_FromSpec(&opener_spec), *outbox = PyType_FromSpec(&outbox_spec);
-    if (self == NULL || opener == NULL || outbox == NULL ||
+    PyObject *quick = PyType_FromSpec(&quick_spec);
+    if (self == NULL || opener == NULL || outbox == NULL || quick == NULL || intern_names() < 0 ||
         PyModule_AddObjectRef(self, "Opener", opener) < 0 ||
-        PyModule_AddObjectRef(self, "Outbox", outbox) < 0)
+        PyModule_AddObjectRef(self, "Outbox", outbox) < 0 ||
+        PyModule_AddObjectRef(self, "Quick", quick) < 0)
         Py_CLEAR(self);
-    Py_XDECREF(opener);
-    outbox_type = (PyTypeObject *)outbox; /* kept for as long as the process lives */
+    Py_XDECREF(quick);
+    opener_type = (PyTypeObject *)opener; /* kept for as long as the process lives */
+    outbox_type = (PyTypeObject *)outbox;
     return self;
 }

@@ -1,3 +1,5 @@
+from collections.abc import Mapping
+
 from sealfs.image.plan import Buffer
 
 class Outbox:
@@ -23,3 +25,25 @@ class Opener:
         keep: bool,
         /,
     ) -> bytes | bool | None: ...
+
+class Quick:
+    def __new__(
+        cls,
+        *,
+        image: object,
+        volume: object,
+        cache: object,
+        shared: object,
+        clean: dict[int, bytes],
+        nodes: Mapping[int, object],
+        leaves: Mapping[int, bytearray],
+        opener: Opener,
+        fd: int,
+        base: int,
+        group_blocks: int,
+        fanout: int,
+        first_home: int,
+        slot_size: int,
+        keep_every: int,
+    ) -> Quick: ...
+    def answer(self, offset: int, size: int, outbox: Outbox, header: bytes, /) -> bool: ...

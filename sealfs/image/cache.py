@@ -110,8 +110,10 @@ class ImageCache:
     """One image's blocks in the cache. Block numbers are indexes on its disk."""
 
     def __init__(self, cache: BlockCache, base: int) -> None:
-        self._cache = cache
-        self._base = base
+        self.shared = cache
+        """The memory of all images."""
+        self.base = base
+        """Added to the number of a block it is its key among all clean ones."""
         self._clean = cache.clean
         self._clean_count_max = cache.clean_max // BLOCK_SIZE
         self.dirty: dict[int, int] = {}
@@ -127,21 +129,21 @@ class ImageCache:
     @property
     def capacity(self) -> int:
         """Bytes that can be dirty, of all images together."""
-        return self._cache.dirty_max
+        return self.shared.dirty_max
 
     @property
     def free_count(self) -> int:
         """Frames that can be taken, by any image."""
-        return self._cache.free_count
+        return self.shared.free_count
 
     @property
     def slab(self) -> memoryview:
         """All frames, of every image."""
-        return self._cache.view
+        return self.shared.view
 
     def frame(self, frame: int) -> memoryview:
         """Return the content of a frame."""
-        return self._cache.view[frame * BLOCK_SIZE : (frame + 1) * BLOCK_SIZE]
+        return self.shared.view[frame * BLOCK_SIZE : (frame + 1) * BLOCK_SIZE]
 
     def newest(self, block: int) -> memoryview | None:
         """Return the content of a block that is dirty or being committed."""
@@ -170,21 +172,21 @@ class ImageCache:
         """Make one block dirty; False where there is no frame for it."""
         frame = self.dirty.get(block)
         if frame is None:
-            frame = self._cache.take_frame()
+            frame = self.shared.take_frame()
             if frame < 0:
                 return False
             self.dirty[block] = frame
         at = frame * BLOCK_SIZE
-        self._cache.view[at : at + BLOCK_SIZE] = content
-        self._clean.pop(self._base + block, None)
+        self.shared.view[at : at + BLOCK_SIZE] = content
+        self._clean.pop(self.base + block, None)
         return True
 
     def put(self, first: int, content: Buffer) -> None:
         """Make whole blocks dirty; their frames must be free (`missing`)."""
-        view, dirty = self._cache.view, self.dirty
+        view, dirty = self.shared.view, self.dirty
         count = len(content) // BLOCK_SIZE
         if count > 1 and self.missing(first, count) == count:
-            frames = self._cache.take_frames(count)
+            frames = self.shared.take_frames(count)
             dirty.update(zip(range(first, first + count), frames, strict=True))
             if frames == list(range(frames[0], frames[0] + count)):
                 at = frames[0] * BLOCK_SIZE
@@ -197,10 +199,10 @@ class ImageCache:
             for i in range(count):
                 frame = dirty.get(first + i, -1)
                 if frame < 0:
-                    frame = dirty[first + i] = self._cache.take_frames(1)[0]
+                    frame = dirty[first + i] = self.shared.take_frames(1)[0]
                 at = frame * BLOCK_SIZE
                 view[at : at + BLOCK_SIZE] = content[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
-        self._cache.drop_clean(self._base + first, count)
+        self.shared.drop_clean(self.base + first, count)
 
     def begin_commit(self, blocks: Sequence[int] | None = None) -> None:
         """Hand dirty blocks (all, or these) to the commit that is beginning."""
@@ -216,14 +218,14 @@ class ImageCache:
         As many frames must be free. A newer, dirty block of that number stays what it is.
         """
         assert not self.committing, "one commit runs at a time"
-        frames = self._cache.take_frames(len(blocks))
+        frames = self.shared.take_frames(len(blocks))
         for i, frame in enumerate(frames):
             self.frame(frame)[:] = content[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
         self.committing = dict(zip(blocks, frames, strict=True))
 
     def finish(self, blocks: Iterable[int]) -> None:
         """Let go of blocks whose commit is durable and home."""
-        self._cache.give_frames([self.committing.pop(block) for block in blocks])
+        self.shared.give_frames([self.committing.pop(block) for block in blocks])
 
     def discard(self, first: int, count: int) -> None:
         """Forget dirty and clean blocks of a run; none of them may be under commit."""
@@ -232,28 +234,28 @@ class ImageCache:
             gone = [block for block in dirty if first <= block < first + count]
         else:
             gone = [block for block in range(first, first + count) if block in dirty]
-        self._cache.give_frames([dirty.pop(block) for block in gone])
-        self._cache.drop_clean(self._base + first, count)
+        self.shared.give_frames([dirty.pop(block) for block in gone])
+        self.shared.drop_clean(self.base + first, count)
 
     def get_clean(self, block: int) -> bytes | None:
         """Return a clean block, if it is kept, and remember that it was used."""
-        key = self._base + block
+        key = self.base + block
         content = self._clean.get(key)
         if content is not None:
             self._clean.move_to_end(key)
-            self._cache.hits += 1
+            self.shared.hits += 1
         return content
 
     def put_clean(self, block: int, content: bytes) -> None:
         """Keep a block that has been read; the one used longest ago makes room."""
         clean = self._clean
-        clean[self._base + block] = content
+        clean[self.base + block] = content
         if len(clean) > self._clean_count_max:
             clean.popitem(last=False)
 
     def detach(self) -> None:
         """Give everything back; what was dirty is lost."""
-        self._cache.give_frames([*self.dirty.values(), *self.committing.values()])
+        self.shared.give_frames([*self.dirty.values(), *self.committing.values()])
         self.dirty.clear()
         self.committing.clear()
-        self._cache.drop_clean(self._base, 1 << _IMAGE_SHIFT)
+        self.shared.drop_clean(self.base, 1 << _IMAGE_SHIFT)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sealfs.errors import BlockDamaged, Busy, NoSpace, ReadOnly, StorageFailed, UsageError
 from sealfs.image import check, recovery
@@ -34,13 +34,16 @@ from sealfs.image.layout import (
 )
 from sealfs.image.outbox import Outbox
 from sealfs.image.plan import Buffer
-from sealfs.image.reader import ATTEMPTS_MAX, UNSURE, Reader
+from sealfs.image.reader import ATTEMPTS_MAX, UNSURE, Fetch, Reader
 from sealfs.image.recovery import ImageKeys, Witness
 from sealfs.image.steps import Steps, run
 from sealfs.image.storage import Storage, execute
 from sealfs.image.sweep import PART_BLOCKS_MAX, Sweep, Swept
 from sealfs.image.tree import NO_SLOT
 from sealfs.image.volume import FREED_SLOTS_MAX, REPLAY_PAGES_MAX, Volume
+
+if TYPE_CHECKING:
+    from sealfs.image._blockread import Quick
 
 HEAD_PAGES_MAX = 2  # of the record of a small commit
 PREALLOCATE_GROUPS = 64
@@ -250,6 +253,17 @@ class SealedImage:
         start = offset - first * BLOCK_SIZE
         return memoryview(out)[start : start + end - offset]
 
+    def plan_read(self, offset: int, size: int) -> Fetch | None:
+        """Return what reads whole blocks into a buffer, in any thread (`Reader.plan_blocks`).
+
+        Args:
+            offset: a multiple of BLOCK_SIZE.
+            size: another one.
+        """
+        if offset + size > self.size:
+            return None
+        return self._reader.plan_blocks(offset // BLOCK_SIZE, size // BLOCK_SIZE)
+
     def send_blocks(self, offset: int, size: int, outbox: Outbox, header: bytes) -> int:
         """Answer with `header` and whole blocks, if nothing must be waited for.
 
@@ -269,6 +283,13 @@ class SealedImage:
         if offset + size > self.size:
             return UNSURE
         return self._reader.send_blocks(offset // BLOCK_SIZE, size // BLOCK_SIZE, outbox, header)
+
+    def quick(self) -> Quick | None:
+        """Return what answers reads from memory alone, in one call; None where it was not built.
+
+        As `send_blocks` where that returns SENT; in every other case it does nothing and says so.
+        """
+        return self._reader.quick(self)
 
     @property
     def descriptor(self) -> int:

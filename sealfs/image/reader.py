@@ -20,12 +20,17 @@ from sealfs.image.steps import Steps
 from sealfs.image.tree import NO_SLOT
 from sealfs.image.volume import Volume
 
+try:
+    from sealfs.image._blockread import Quick
+except ImportError:  # it could not be built here; `send_blocks` does the same
+    Quick = None  # type: ignore[assignment, misc]
+
 CACHED_READ_BLOCKS_MAX = 16
 """Longer reads leave no clean blocks behind: a scan would only push out what is used."""
 
 SEND_BLOCKS_MAX = 32
 
-KEEP_EVERY = 4
+KEEP_EVERY = 16
 """Of the blocks met outside the cache one in so many is kept: what is read often soon is, and what
 is read once seldom pushes it out. Keeping one costs half of what reading it does."""
 
@@ -39,6 +44,9 @@ _ZEROS = memoryview(bytes(SEND_BLOCKS_MAX * BLOCK_SIZE))
 
 SendBlocks = Callable[[int, int, int, int, Buffer, int, Any, bytes, bool], bytes | bool | None]
 """As `Opener.send`."""
+
+Fetch = Callable[[memoryview, bool], bool]
+"""As what `plan_blocks` returns."""
 
 Piece = tuple[int, int, int, int, int, bytes | None, tuple[int, int, bytes]]
 """(position in the answer, group, index, count, slot, entries or None, leaf source)."""
@@ -66,6 +74,24 @@ class Reader:
         self._descriptor, opener = volume.storage.fileno(), volume.cipher.opener
         has_opener = opener is not None and self._descriptor >= 0
         self._send: SendBlocks = opener.send if opener and has_opener else self._send_plainly
+
+    def quick(self, image: object) -> Quick | None:
+        """Return what does the usual case of `send_blocks`; None where that was not built.
+
+        Args:
+            image: whose `size` is how long the disk is.
+        """
+        opener = self._cipher.opener
+        if Quick is None or opener is None or self._descriptor < 0:
+            return None
+        cache = self._cache
+        return Quick(
+            image=image, volume=self._volume, cache=cache, shared=cache.shared,
+            clean=cache.shared.clean, nodes=self._level1, leaves=self._leaves, opener=opener,
+            fd=self._descriptor, base=cache.base, group_blocks=self._group_blocks,
+            fanout=self._fanout, first_home=self._first_home, slot_size=self._slot_size,
+            keep_every=KEEP_EVERY,
+        )  # fmt: skip
 
     def send_blocks(self, first: int, count: int, outbox: Outbox, header: bytes) -> int:
         """Answer with `header` and blocks, if nothing must be waited for.
@@ -183,6 +209,41 @@ class Reader:
             except BlockDamaged:
                 return None  # blocks_steps tells damage from a commit that came between
         return out
+
+    def plan_blocks(self, first: int, count: int) -> Fetch | None:
+        """Return what reads a run, in any thread; None where a part of it is in the cache.
+
+        Also where a leaf page would have to be waited for. Called with a buffer of `count` blocks
+        and whether it may wait for the disk, it returns whether it needed not to, and the buffer
+        holds what was there at some time since this call.
+
+        Raises:
+            BlockDamaged, StorageFailed: when it is called; `blocks_steps` can tell damage from a
+                commit that came between.
+        """
+        if self._cache.has_newer(first, count):
+            return None
+        pieces: list[tuple[Piece, bytes]] = []
+        present = 0
+        for group, index, part in group_runs(first, count, self._group_blocks):
+            if self._tree.slot_of(group) != NO_SLOT and group not in self._leaves:
+                leaf, _ = self.leaf_at_hand(group)
+                if leaf is None:
+                    return None
+            position = (group * self._group_blocks + index - first) * BLOCK_SIZE
+            for piece in self._pieces(position, group, index, part):
+                entries = piece[5]
+                assert entries is not None
+                pieces.append((piece, entries))
+                present += entries[28::ENTRY_SIZE].count(1)
+
+        def fetch(view: memoryview, may_wait: bool) -> bool:
+            if present < count:
+                view[:] = bytes(len(view))
+            read = self._read_whole if may_wait else self._storage.read_nowait
+            return all(self._fetch(piece, entries, view, read) for piece, entries in pieces)
+
+        return fetch
 
     def blocks_steps(self, first: int, count: int) -> Steps[memoryview]:
         """Return whole blocks; on return they are what was there at some time since the call.

@@ -1,3 +1,20 @@
+from collections.abc import Callable, Mapping
 from mmap import mmap
 
-def spin_read(fd: int, buffer: mmap, others: tuple[int, ...], nanoseconds: int, /) -> int: ...
+from sealfs.image.outbox import Outbox
+
+class Device:
+    requests: int
+    runs: int
+    answered: int
+    def __new__(
+        cls,
+        fd: int,
+        buffer: mmap,
+        others: tuple[int, ...],
+        handles: Mapping[int, object],
+        outbox: Outbox,
+        not_taken: Callable[[list[int]], None],
+        /,
+    ) -> Device: ...
+    def next(self, nanoseconds: int, is_lone: bool, /) -> int: ...

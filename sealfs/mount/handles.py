@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sealfs.mount.disk import Disk
+
+if TYPE_CHECKING:
+    from sealfs.image._blockread import Quick
 
 SYNC_FLAGS = os.O_DSYNC  # O_SYNC contains it on Linux
 
@@ -25,6 +29,8 @@ class Handle:
     is_writable: bool
     is_synchronous: bool
     is_direct: bool
+    quick: Quick | None
+    """Answers reads that need nothing but memory (`SealedImage.quick`)."""
 
 
 class Handles:
@@ -46,6 +52,7 @@ class Handles:
             is_writable=(flags & os.O_ACCMODE) != os.O_RDONLY,
             is_synchronous=bool(flags & SYNC_FLAGS),
             is_direct=is_direct,
+            quick=disk.opened.quick(),
         )
         return number
 

@@ -22,7 +22,7 @@ from sealfs.errors import Busy, NotFound, StorageFailed, UsageError
 from sealfs.mount.options import MountOptions
 
 FSTYPE = "fuse.sealfs"
-READ_AHEAD_KB = 1024  # one FUSE request of the largest size; the default is 128
+READ_AHEAD_KB = 2048  # two FUSE requests of the largest size; the default is 128
 
 # <sys/mount.h>
 _MS_RDONLY = 1

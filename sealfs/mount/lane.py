@@ -21,19 +21,16 @@ import os
 import select
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
-
-try:
-    from sealfs.mount._device import spin_read
-except ImportError:  # it could not be built here
-    from sealfs.mount.device import spin_read
 
 from sealfs.image.layout import BLOCK_SIZE
 from sealfs.image.outbox import outbox
 from sealfs.image.plan import Buffer
-from sealfs.image.reader import SEND_BLOCKS_MAX, SENT, UNSURE
+from sealfs.image.reader import SEND_BLOCKS_MAX, SENT, UNSURE, Fetch
 from sealfs.mount import protocol
+from sealfs.mount.device import BUSY, IDLE, PlainDevice
 from sealfs.mount.disk import Disk
 from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
@@ -59,11 +56,15 @@ from sealfs.mount.protocol import (
 )
 from sealfs.mount.relay import Relay
 
+try:
+    from sealfs.mount._device import Device
+except ImportError:  # it could not be built here
+    Device = PlainDevice  # type: ignore[assignment, misc]
+
 SPIN_NS = 30_000  # how long to poll before waiting: a wake-up through epoll costs about that
 SPIN_OFF_NS = 1_000_000  # no request for so long: the guest is idle, waiting is free
 DROP_PAGES_WAIT = 0.1  # seconds that a direct write beside buffered readers may be held up
-LONG_READ = 256 << 10  # bytes of a read that may be a worker's
-LONG_READS_MAX = 2  # such reads that workers have at once
+LONG_READ = 256 << 10  # bytes of a read that a worker may share in
 COUNT_NS = 10_000_000  # between two counts of how many requests come at once
 RUN_MAX = 2  # requests in a row, on average: a quick guest has asked again before the lane looks
 YIELD_EVERY = 64  # requests served in a row
@@ -102,25 +103,36 @@ class Lane:
         self._disks = disks
         self._failures = failures
         self._spin_ns = spin_ns
-        self._requests = self._runs = 0  # since the last count
+        self._counted = 0, 0  # requests and runs of them, at the last count
         self._count_until_ns = 0
         self._outbox = outbox(device_fd)  # kept back while more requests wait
         self._is_lone = False  # there is one guest, which waits for each answer
         self._due = False  # another task can go on: yield before spinning
-        self._last_request_ns = 0
-        self._buffer = mmap.mmap(-1, BUFFER_SIZE)  # plaintext passes here: keep it out of dumps
-        self._buffer.madvise(mmap.MADV_DONTDUMP)
+        self._seen = 0  # requests, when it was last asked whether to spin
+        self._idle_from_ns = 0  # when the guest is taken for idle, if nothing comes before
+        self._buffer = _secret_memory(BUFFER_SIZE)
         self._view = memoryview(self._buffer)
+        self._here, self._there = (memoryview(_secret_memory(REQUEST_SIZE_MAX)) for _ in range(2))
+        self._is_shared = False  # a worker reads, and answers from `_there`
         self._fetcher: Fetcher[tuple[int, Disk, int, int, int]] = Fetcher(disks.workers)
         """Reads that wait for the disk: (unique, disk, offset, size, tries)."""
-        self._others = (self._fetcher.fileno(), relay.fileno(), disks.workers.wake_fd)
+        others = (self._fetcher.fileno(), relay.fileno(), disks.workers.wake_fd)
+        self._device = Device(
+            device_fd, self._buffer, others, handles.by_number, self._outbox, _none_taken
+        )
         self._either = select.epoll(sizehint=2)  # what trio waits for: the device or the fetcher
         for fd in (device_fd, self._fetcher.fileno()):
             self._either.register(fd, select.EPOLLIN)
-        self.served = dict.fromkeys(("read", "write", "cold", "waited", "passed_on"), 0)
+        self._served = dict.fromkeys(("read", "write", "cold", "waited", "passed_on"), 0)
+
+    @property
+    def served(self) -> dict[str, int]:
+        """How many requests of each kind there were, since the mount."""
+        return {**self._served, "read": self._served["read"] + self._device.answered}
 
     async def run(self) -> None:
         """Serve until the file system is unmounted."""
+        self._token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
@@ -130,7 +142,7 @@ class Lane:
             finally:
                 # Images are closed next: nothing may be reading one.
                 with trio.CancelScope(shield=True):
-                    while self._fetcher.count:
+                    while self._fetcher.count or self._is_shared:
                         for unique, *_ in self._fetcher.done():
                             self._answer_error(unique, errno.EIO)
                         await trio.sleep(0.001)
@@ -138,28 +150,23 @@ class Lane:
                 self._either.close()
 
     async def _loop(self) -> None:
-        fd, buffers, unpack = self._fd, [self._view], IN_START.unpack_from
-        readv, buffer, served = os.readv, self._buffer, self.served
+        unpack, buffer = IN_START.unpack_from, self._buffer
+        device, served = self._device, self._served
         read, write = int(Opcode.READ), int(Opcode.WRITE)  # an enum's lookup costs 40 ns
         in_a_row = 0
         while True:
             try:
-                count = readv(fd, buffers)
-            except BlockingIOError:
-                if self._outbox.count:
-                    self._send_answers()
-                self._requests += in_a_row
-                self._runs += in_a_row > 0
-                in_a_row = 0
-                count = await self._wait()
-                if count < 0:
-                    continue
+                count = device.next(self._spin_time(), self._is_lone)
             except OSError as exc:
                 if exc.errno == errno.ENODEV:
                     raise DeviceGone from None
                 if exc.errno in (errno.EINTR, errno.ENOENT):
                     continue  # a signal, or the request was given up before we had it
                 raise
+            if count < 0:
+                in_a_row = 0
+                await self._let_others_run(count)
+                continue
             if count < BODY:
                 if count == 0:
                     raise DeviceGone
@@ -190,47 +197,39 @@ class Lane:
                 self._answer_error(unique, self._failures.errno_of(exc))
             in_a_row += 1
             if in_a_row >= YIELD_EVERY:
-                self._requests += in_a_row
                 in_a_row = 0
-                if self._outbox.count:
-                    self._send_answers()
-                self._read_again()
-                self._due = False
-                await trio.lowlevel.checkpoint()
+                await self._let_others_run(BUSY)
 
-    async def _wait(self) -> int:
-        """Wait for a request; ask again and again for a while first if the guest is busy.
-
-        Return its size, or -1 when the device is worth another look.
-        """
-        if self._due:
-            self._due = False
-            await trio.lowlevel.checkpoint()
-            return -1
+    def _spin_time(self) -> int:
+        """Return for how many nanoseconds it is worth asking again and again for a request."""
         now = time.perf_counter_ns()
         if now > self._count_until_ns:
-            self._is_lone = self._requests <= self._runs * RUN_MAX
-            self._requests = self._runs = 0
-            self._count_until_ns = now + COUNT_NS
+            self._count(now)
+        requests = self._device.requests
+        if requests != self._seen:
+            self._seen, self._idle_from_ns = requests, now + SPIN_OFF_NS
         # Spinning takes a processor from a worker that seals, and with it the guest's room.
-        is_free = not self._disks.workers.busy_count
-        if is_free and self._spin_ns and now - self._last_request_ns < SPIN_OFF_NS:
-            try:
-                count = spin_read(self._fd, self._buffer, self._others, self._spin_ns)
-            except OSError:
-                count = -1  # the next read meets it again
-            if count >= 0:
-                self._last_request_ns = now
-                return count
-            if count == -2:
-                if not self._read_again():
-                    await trio.lowlevel.checkpoint()
-                self._last_request_ns = now
-                return -1
-        await trio.lowlevel.wait_readable(self._either.fileno())
-        self._read_again()
-        self._last_request_ns = time.perf_counter_ns()
-        return -1
+        if self._due or self._disks.workers.busy_count or now > self._idle_from_ns:
+            return 0
+        return self._spin_ns
+
+    def _count(self, now: int) -> None:
+        """Find out what kind of guest it is, from the requests since the last count."""
+        counted = self._device.requests, self._device.runs
+        requests, runs = (new - old for new, old in zip(counted, self._counted, strict=True))
+        self._counted = counted
+        self._is_lone = requests <= runs * RUN_MAX
+        self._count_until_ns = now + COUNT_NS
+
+    async def _let_others_run(self, why: int) -> None:
+        """Wait until there is something to do, or let tasks of the mount run that have."""
+        is_due, self._due = self._due, False
+        self._send_answers()
+        if why == IDLE and not is_due:
+            await trio.lowlevel.wait_readable(self._either.fileno())
+            self._read_again()
+        elif not self._read_again() or is_due or why == BUSY:
+            await trio.lowlevel.checkpoint()
 
     # Requests, served at once or by a task.
 
@@ -264,7 +263,7 @@ class Lane:
     ) -> None:
         """Have brought into memory what an answer lacks, or go the long way."""
         if missing != UNSURE and tries <= TRIES_MAX:
-            self.served["cold"] += 1
+            self._served["cold"] += 1
             token = (unique, disk, offset, size, tries)
             if self._fetcher.fetch(disk.opened.descriptor, missing, size, token):
                 return
@@ -285,14 +284,10 @@ class Lane:
         return bool(found)
 
     def _read_bytes(self, unique: int, disk: Disk, offset: int, size: int) -> None:
-        # A guest that reads ahead asks for several of these: the lane and two workers share them.
-        if (
-            size >= LONG_READ
-            and not self._is_lone
-            and self._disks.workers.busy_count < LONG_READS_MAX
-        ):
-            self._start(unique, disk, self._read_slowly, disk, offset, size)
-            return
+        if size >= LONG_READ and not (offset | size) & BLOCK_MASK:
+            fetch = disk.opened.plan_read(offset, size)
+            if fetch is not None and self._read_long(unique, disk, offset, size, fetch):
+                return
         try:
             data = disk.opened.try_read(offset, size)
         except Exception as exc:
@@ -302,6 +297,40 @@ class Lane:
             self._start(unique, disk, self._read_slowly, disk, offset, size)
         else:
             self._answer(unique, data)
+
+    def _read_long(self, unique: int, disk: Disk, offset: int, size: int, fetch: Fetch) -> bool:
+        """Read here, or have a worker read and answer; False where the disk must be waited for.
+
+        A guest that reads ahead asks for several of these: the lane and a worker share them.
+        """
+        if not self._is_lone and not self._is_shared:
+            self._is_shared = True
+            work = partial(self._read_there, unique, disk, offset, size, fetch)
+            self._disks.workers.post(work)
+            return True
+        try:
+            if not fetch(self._here[:size], False):
+                return False
+        except Exception:
+            return False  # `_read_slowly` meets it again, unless a commit came between
+        self._answer(unique, self._here[:size])
+        return True
+
+    def _read_there(
+        self, unique: int, disk: Disk, offset: int, size: int, fetch: Fetch
+    ) -> None:  # fmt: skip
+        """Read and answer in a worker; what fails is done again by a task."""
+        try:
+            fetch(self._there[:size], True)
+        except Exception:
+            self._token.run_sync_soon(self._read_anew, unique, disk, offset, size)
+        else:
+            self._answer(unique, self._there[:size])
+            self._is_shared = False
+
+    def _read_anew(self, unique: int, disk: Disk, offset: int, size: int) -> None:
+        self._is_shared = False
+        self._start(unique, disk, self._read_slowly, disk, offset, size)
 
     async def _read_slowly(self, disk: Disk, offset: int, size: int) -> Buffer:
         data: Buffer = await self._disks.workers.drive(disk.opened.read_steps(offset, size))
@@ -464,7 +493,7 @@ class Lane:
         return handle
 
     def _pass_on(self, count: int) -> None:
-        self.served["passed_on"] += 1
+        self._served["passed_on"] += 1
         self._relay.forward(bytearray(self._view[:count]))
         self._due = True
 
@@ -473,7 +502,7 @@ class Lane:
     def _start(
         self, unique: int, disk: Disk, serve: Callable[..., Awaitable[Buffer]], *args: object
     ) -> None:
-        self.served["waited"] += 1
+        self._served["waited"] += 1
         self._nursery.start_soon(self._task, unique, disk, serve, args)
         self._due = True
 
@@ -514,8 +543,7 @@ class Lane:
 
     def _send_answers(self) -> None:
         """Send what was kept back: who has several answers at once asks several things at once."""
-        for code in self._outbox.flush():
-            _not_taken(OSError(code, os.strerror(code)))
+        _none_taken(self._outbox.flush())
 
     def _send(self, reply: bytes) -> None:
         try:
@@ -540,8 +568,20 @@ async def drop_pages(device_fd: int, inode: int, offset: int, size: int) -> None
         await trio.to_thread.run_sync(write, abandon_on_cancel=True)
 
 
+def _secret_memory(size: int) -> mmap.mmap:
+    """Return memory that plaintext passes through: kept out of dumps."""
+    memory = mmap.mmap(-1, size)
+    memory.madvise(mmap.MADV_DONTDUMP)
+    return memory
+
+
 def _written(size: int) -> bytes:
     return WRITE_OUT.pack(0, 0, 0, size, 0)[OUT_HEADER.size :]
+
+
+def _none_taken(codes: list[int]) -> None:
+    for code in codes:
+        _not_taken(OSError(code, os.strerror(code)))
 
 
 def _not_taken(exc: OSError) -> None:
