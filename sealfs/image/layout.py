@@ -115,7 +115,7 @@ class Geometry:
 
 def geometry_for(size: int) -> Geometry:
     """Return the geometry of a new disk of `size` bytes: its journal is 1/64 of it, bounded."""
-    pages = size // 64 // BLOCK_SIZE
+    pages = size // 16 // BLOCK_SIZE
     return Geometry(journal_pages=min(max(pages, JOURNAL_PAGES_MIN), JOURNAL_PAGES_MAX))
 
 

@@ -64,7 +64,7 @@ FENCE_AGE = 0.1
 """Seconds without a look at the superblocks, after which the process may have been asleep, and its
 lock have gone to somebody else (network file systems give it away after half a minute and more)."""
 
-REPLAY_PAGES_MAX = 6144
+REPLAY_PAGES_MAX = 16384
 """Journal pages between two checkpoints: 24 MiB, however large the journal. What is in it is
 written home by the open after a crash, and that is to take less than half a second."""
 
@@ -468,7 +468,9 @@ class Volume:
         self.tree.gone_nodes.clear()
         pages = self.tree.take_changes(self.allocator.take_node)
         plan = self.space.extend_plan(list(self.tree.chunks()))
-        plan.extend((Step.WRITE, offset, [page]) for offset, page in sorted(pages))
+        pages.sort()
+        content = b"".join(page for _, page in pages)
+        plan.append((Step.WRITE_BLOCKS, array("Q", (offset for offset, _ in pages)), content))
         plan.extend(self._table_plan())
         # Inline blocks were written home by their commits; this makes them durable too.
         # Crash until here: the old superblock's pages are all untouched; replay again.
