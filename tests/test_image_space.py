@@ -501,7 +501,7 @@ def test_a_full_disk_takes_what_the_capacity_formula_says(tmp_path: Path) -> Non
     for at in range(0, size, 4 * MIB):
         sealed.write(at, random.Random(at).randbytes(4 * MIB))
     sealed.close()
-    groups, headers, journal, chunk = size // 128 // PAGE, 2 * MIB, 1 * MIB, 130 * PAGE
+    groups, headers, journal, chunk = size // 128 // PAGE, 2 * MIB, 4 * MIB, 130 * PAGE
     formula = headers + journal + chunk + groups * 130 * PAGE
     assert path.stat().st_size == formula
     assert formula <= used(path) <= formula + 64 * 1024

@@ -18,7 +18,7 @@ from sealfs.errors import (
     NoSpace,
     StorageFailed,
 )
-from sealfs.image import cipher, sweep
+from sealfs.image import cipher, sweep, tree
 from sealfs.image.cache import BlockCache
 from sealfs.image.format import LOST, RekeyPhase
 from sealfs.image.image import SealedImage
@@ -245,6 +245,19 @@ def test_groups_without_blocks_get_new_macs_too() -> None:
     assert report(storage).under(1) == {}
     assert image.read(0, image.size) == content(range(4, 6))
     image.abandon()
+
+
+def test_groups_get_new_macs_where_memory_holds_fewer_of_their_leaf_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tree, "LEAVES_MAX", 3)
+    image = opened(made())
+    image.preallocate(0, BLOCKS * PAGE)
+    assert image.status()["size"] // PAGE > 3 * GEOMETRY.group_blocks
+    image.begin_rekey(WRAPPED, NEW_KEY)
+    while not image.rekey_part().is_done:
+        pass
+    assert image.check(data=True) == []
 
 
 def test_an_image_without_anything_is_rekeyed_too() -> None:

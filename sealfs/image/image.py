@@ -40,7 +40,7 @@ from sealfs.image.steps import Steps, run
 from sealfs.image.storage import Storage, execute
 from sealfs.image.sweep import PART_BLOCKS_MAX, Sweep, Swept
 from sealfs.image.tree import NO_SLOT
-from sealfs.image.volume import FREED_SLOTS_MAX, REPLAY_PAGES_MAX, Volume
+from sealfs.image.volume import FREED_SLOTS_MAX, Volume
 
 if TYPE_CHECKING:
     from sealfs.image._blockread import Quick
@@ -186,8 +186,7 @@ class SealedImage:
         """Whether the journal is half full, or many slots wait to be free."""
         journal, freed = self._volume.journal, self._volume.allocator.freed_count
         return not self.read_only and (
-            journal.used_pages * 2 >= min(journal.page_count, REPLAY_PAGES_MAX)
-            or freed * 2 >= FREED_SLOTS_MAX
+            journal.used_pages * 2 >= journal.page_count or freed * 2 >= FREED_SLOTS_MAX
         )
 
     def status(self) -> dict[str, Any]:

@@ -427,8 +427,9 @@ class Sweep:
 
         No record says so: none may come before the superblock that has their MACs.
         """
-        yield from self._reader.load_leaves_steps(groups)
         for group in groups:
+            # One by one: a page that is changed stays, one that was only loaded makes room.
+            yield from self._reader.load_leaves_steps([group])
             self._tree.change_leaf(group)
         yield from self._volume.checkpoint_steps()
 

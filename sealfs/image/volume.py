@@ -64,10 +64,6 @@ FENCE_AGE = 0.1
 """Seconds without a look at the superblocks, after which the process may have been asleep, and its
 lock have gone to somebody else (network file systems give it away after half a minute and more)."""
 
-REPLAY_PAGES_MAX = 16384
-"""Journal pages between two checkpoints: 24 MiB, however large the journal. What is in it is
-written home by the open after a crash, and that is to take less than half a second."""
-
 
 @dataclass(slots=True)
 class Written:
@@ -255,7 +251,6 @@ class Volume:
         """Whether a record of that length can be written without a checkpoint before it."""
         return (
             self.journal.place(page_count) is not None
-            and self.journal.used_pages + page_count <= REPLAY_PAGES_MAX
             and self.tree.changed_leaf_count <= LEAVES_MAX
             and self.allocator.freed_count + full_group_count <= FREED_SLOTS_MAX
         )

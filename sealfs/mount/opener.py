@@ -53,8 +53,8 @@ _HINTS_MAX = 4096  # VM ids remembered, for the log
 STRAY_AGE = 3600.0  # seconds; no creation takes that long
 _STRAY = re.compile(r"\.[0-9a-f]{32}\.new")
 
-GROWING_SIZE = 1 << 30
-"""A file made through the mount is empty and grows: its journal is that of a disk of 1 GiB."""
+GROWING_SIZE = 256 << 20
+"""A file made through the mount is empty and grows: its journal is that of a disk of 256 MiB."""
 
 
 class RegistryEntry(Protocol):
