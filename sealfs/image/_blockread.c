@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <structmember.h>
 
 #include <errno.h>
 #include <openssl/crypto.h>
@@ -441,8 +442,11 @@ typedef struct {
     Opener *opener;
     int fd;
     unsigned met, keep_every;
+    long long missing; /* where the last range is that is not in the page cache; UNSURE */
     unsigned long long base, group_blocks, fanout, first_home, slot_size;
 } Quick;
+
+#define UNSURE -2 /* as in reader.py */
 
 static PyObject *name_size, *name_inline, *name_dirty, *name_committing, *name_present, *name_slots,
     *name_move_to_end, *name_put_clean, *name_hits;
@@ -521,6 +525,7 @@ static PyObject *quick_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->first_home = first_home;
     self->slot_size = slot_size;
     self->keep_every = keep_every;
+    self->missing = UNSURE;
     return (PyObject *)self;
 }
 
@@ -639,6 +644,7 @@ end:
 static int answer(Quick *self, unsigned long long offset, unsigned long long size, Outbox *outbox,
                   const Py_buffer *header)
 {
+    self->missing = UNSURE;
     if (size == 0 || size > BLOCKS_MAX * BLOCK_SIZE || (offset | size) % BLOCK_SIZE)
         return 0;
     unsigned long long first = offset / BLOCK_SIZE, count = size / BLOCK_SIZE;
@@ -689,6 +695,8 @@ static int answer(Quick *self, unsigned long long offset, unsigned long long siz
         /* A hole among them names epoch 0, which nobody knows. */
         sent = send_blocks(self->opener, self->fd, (long long)at, first, (Py_ssize_t)count,
                            entries, outbox, header, &unknown, &content);
+        if (sent == WOULD_WAIT)
+            self->missing = (long long)at;
     }
     PyBuffer_Release(&leaf);
     if (sent != SENT)
@@ -733,7 +741,14 @@ static PyMethodDef quick_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyMemberDef quick_members[] = {
+    {"missing", T_LONGLONG, offsetof(Quick, missing), READONLY,
+     "Where in the file the range lies that the last `answer` would have had to wait for; or UNSURE."},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyType_Slot quick_slots[] = {
+    {Py_tp_members, quick_members},
     {Py_tp_new, quick_new},
     {Py_tp_dealloc, quick_dealloc},
     {Py_tp_traverse, quick_traverse},

@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from typing import Any
 
 from sealfs.image.plan import Buffer
 
@@ -27,6 +28,7 @@ class Opener:
     ) -> bytes | bool | None: ...
 
 class Quick:
+    missing: int
     def __new__(
         cls,
         *,
@@ -46,4 +48,4 @@ class Quick:
         slot_size: int,
         keep_every: int,
     ) -> Quick: ...
-    def answer(self, offset: int, size: int, outbox: Outbox, header: bytes, /) -> bool: ...
+    def answer(self, offset: int, size: int, outbox: Any, header: bytes, /) -> bool: ...

@@ -50,10 +50,13 @@ typedef struct {
     nfds_t other_count;
     PyObject *handles, *outbox, *not_taken;
     unsigned long long requests, runs, answered;
+    long long missing;
     unsigned in_a_row;
 } Device;
 
-static PyObject *name_quick, *name_answer, *name_flush;
+#define UNSURE -2 /* as in image/reader.py */
+
+static PyObject *name_quick, *name_answer, *name_flush, *name_missing;
 
 static int device_clear(Device *self)
 {
@@ -162,6 +165,7 @@ static int flush(Device *self)
 static int answer(Device *self, size_t count)
 {
     ReadRequest asked;
+    self->missing = UNSURE;
     if (count < sizeof(asked))
         return 0;
     memcpy(&asked, self->buffer.buf, sizeof(asked));
@@ -179,7 +183,7 @@ static int answer(Device *self, size_t count)
     }
     AnswerHeader header = {(uint32_t)sizeof(header) + asked.size, 0, asked.unique};
     PyObject *words[5] = {
-        quick, PyLong_FromUnsignedLongLong(asked.offset), PyLong_FromUnsignedLong(asked.size),
+        Py_NewRef(quick), PyLong_FromUnsignedLongLong(asked.offset), PyLong_FromUnsignedLong(asked.size),
         Py_NewRef(self->outbox), PyBytes_FromStringAndSize((char *)&header, sizeof(header)),
     };
     PyObject *found = NULL;
@@ -191,6 +195,15 @@ static int answer(Device *self, size_t count)
     PyErr_Clear();
     int is_answered = found == Py_True;
     Py_XDECREF(found);
+    PyObject *missing = is_answered ? NULL : PyObject_GetAttr(quick, name_missing);
+    if (missing != NULL)
+        self->missing = PyLong_AsLongLong(missing);
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        self->missing = UNSURE;
+    }
+    Py_XDECREF(missing);
+    Py_DECREF(quick);
     return is_answered;
 }
 
@@ -257,6 +270,8 @@ static PyMethodDef device_methods[] = {
 static PyMemberDef device_members[] = {
     {"requests", T_ULONGLONG, offsetof(Device, requests), READONLY, "Requests so far."},
     {"runs", T_ULONGLONG, offsetof(Device, runs), READONLY, "How often there was none after some."},
+    {"missing", T_LONGLONG, offsetof(Device, missing), READONLY,
+     "Where in the file what the request that `next` returned reads is not in memory; or UNSURE."},
     {"answered", T_ULONGLONG, offsetof(Device, answered), READONLY, "Those answered here."},
     {NULL, 0, 0, 0, NULL},
 };
@@ -294,6 +309,7 @@ PyMODINIT_FUNC PyInit__device(void)
     name_quick = PyUnicode_InternFromString("quick");
     name_answer = PyUnicode_InternFromString("answer");
     name_flush = PyUnicode_InternFromString("flush");
+    name_missing = PyUnicode_InternFromString("missing");
     PyObject *self = PyModule_Create(&module), *type = PyType_FromSpec(&device_spec);
     if (self == NULL || type == NULL || PyErr_Occurred() ||
         PyModule_AddObjectRef(self, "Device", type) < 0)

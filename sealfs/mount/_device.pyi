@@ -7,6 +7,7 @@ class Device:
     requests: int
     runs: int
     answered: int
+    missing: int
     def __new__(
         cls,
         fd: int,

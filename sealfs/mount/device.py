@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from mmap import mmap
 
 from sealfs.image.outbox import Outbox
+from sealfs.image.reader import UNSURE
 
 IDLE, OTHERS, BUSY = -1, -2, -3
 """What `next` returns where no request came; see there."""
@@ -23,6 +24,7 @@ class PlainDevice:
     ) -> None:  # fmt: skip
         """As the other one, which answers reads by the `handles` besides."""
         self.requests = self.runs = self.answered = 0
+        self.missing = UNSURE
         self._in_a_row = 0
         self._fd = fd
         self._buffer = buffer

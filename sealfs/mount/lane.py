@@ -114,8 +114,8 @@ class Lane:
         self._view = memoryview(self._buffer)
         self._here, self._there = (memoryview(_secret_memory(REQUEST_SIZE_MAX)) for _ in range(2))
         self._is_shared = False  # a worker reads, and answers from `_there`
-        self._fetcher: Fetcher[tuple[int, Disk, int, int, int]] = Fetcher(disks.workers)
-        """Reads that wait for the disk: (unique, disk, offset, size, tries)."""
+        self._fetcher: Fetcher[tuple[int, Handle, int, int, int]] = Fetcher(disks.workers)
+        """Reads that wait for the disk: (unique, handle, offset, size, tries)."""
         others = (self._fetcher.fileno(), relay.fileno(), disks.workers.wake_fd)
         self._device = Device(
             device_fd, self._buffer, others, handles.by_number, self._outbox, _none_taken
@@ -244,42 +244,46 @@ class Lane:
         elif offset > OFFSET_MAX - size or size > REQUEST_SIZE_MAX:
             self._answer_error(unique, errno.EINVAL)
         elif 0 < size <= SEND_SIZE_MAX and not (offset | size) & BLOCK_MASK:
+            missing = self._device.missing
             try:
-                missing = handle.disk.opened.send_blocks(
-                    offset, size, self._outbox, _pack(BODY_OUT + size, 0, unique)
-                )
+                if missing == UNSURE:
+                    missing = handle.disk.opened.send_blocks(
+                        offset, size, self._outbox, _pack(BODY_OUT + size, 0, unique)
+                    )
             except Exception as exc:
                 self._fail(unique, handle.disk, exc)
                 return
             if missing != SENT:
-                self._bring(unique, handle.disk, offset, size, missing)
+                self._bring(unique, handle, offset, size, missing)
             elif self._is_lone:
                 self._send_answers()
         else:
             self._read_bytes(unique, handle.disk, offset, size)
 
     def _bring(
-        self, unique: int, disk: Disk, offset: int, size: int, missing: int, tries: int = 1
+        self, unique: int, handle: Handle, offset: int, size: int, missing: int, tries: int = 1
     ) -> None:
         """Have brought into memory what an answer lacks, or go the long way."""
         if missing != UNSURE and tries <= TRIES_MAX:
             self._served["cold"] += 1
-            token = (unique, disk, offset, size, tries)
-            if self._fetcher.fetch(disk.opened.descriptor, missing, size, token):
+            token = (unique, handle, offset, size, tries)
+            if self._fetcher.fetch(handle.disk.opened.descriptor, missing, size, token):
                 return
-        self._read_bytes(unique, disk, offset, size)
+        self._read_bytes(unique, handle.disk, offset, size)
 
     def _read_again(self) -> bool:
         """Go on with the blocks that are in memory now; return whether there were any."""
         found = self._fetcher.done() if self._fetcher.count else []
-        for unique, disk, offset, size, tries in found:
+        for unique, handle, offset, size, tries in found:
+            header, quick = _pack(BODY_OUT + size, 0, unique), handle.quick
             try:
-                header = _pack(BODY_OUT + size, 0, unique)
-                missing = disk.opened.send_blocks(offset, size, self._outbox, header)
+                if quick is not None and quick.answer(offset, size, self._outbox, header):
+                    continue
+                missing = handle.disk.opened.send_blocks(offset, size, self._outbox, header)
                 if missing != SENT:
-                    self._bring(unique, disk, offset, size, missing, tries + 1)
+                    self._bring(unique, handle, offset, size, missing, tries + 1)
             except Exception as exc:
-                self._fail(unique, disk, exc)
+                self._fail(unique, handle.disk, exc)
         self._send_answers()
         return bool(found)
 
