@@ -634,7 +634,7 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_a_full_file_system_refuses_a_write_and_loses_nothing(small_file_system: Path) -> None:
     path = small_file_system / "x.sealed"
-    real(path, 1 << 30)
+    real(path, 256 * MIB)
     sealed = open_real(path)
     rng = random.Random(0)
     model: dict[int, bytes] = {}
