@@ -31,7 +31,7 @@ CACHED_READ_BLOCKS_MAX = 16
 SEND_BLOCKS_MAX = 32
 
 KEEP_EVERY = 16
-"""Of the blocks met outside the cache one in so many is kept: what is read often soon is, and what
+"""Of the blocks met in the page cache one in so many is kept: what is read often soon is, and what
 is read once seldom pushes it out. Keeping one costs half of what reading it does."""
 
 SENT = -1
