@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
-import mmap
 import os
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +15,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from native_fuzz import Fuzz
-from sending import HEADER, sent
+from sending import HEADER, sent, slowly_sent
 
 from sealfs.errors import BlockDamaged
 from sealfs.image import cipher
@@ -205,12 +202,12 @@ def test_what_is_not_in_the_page_cache_is_named_and_read_then(image: SealedImage
 def test_what_is_read_often_is_kept(image: SealedImage) -> None:
     clean = image._reader._cache._clean
     for _ in range(KEEP_EVERY - 1):
-        assert sent(image, PAGE) == content_of(1)
+        assert slowly_sent(image, PAGE) == content_of(1)
     assert not clean
-    assert sent(image, PAGE) == content_of(1)
+    assert slowly_sent(image, PAGE) == content_of(1)
     assert len(clean) == 1
     hits = image._reader._cache.shared.hits
-    assert sent(image, PAGE) == content_of(1)
+    assert slowly_sent(image, PAGE) == content_of(1)
     assert image._reader._cache.shared.hits == hits + 1
 
 
@@ -372,37 +369,6 @@ def test_a_full_ring_says_so_and_a_closed_one_waits_for_what_is_under_way(tmp_pa
     assert ring.done() == []
     assert not ring.read(receiving, 0, PAGE, 1)
     os.close(receiving)
-
-
-# Waiting for a request.
-
-
-@pytest.mark.parametrize("name", ["_device", "device"])
-def test_a_spinning_read_takes_what_comes_and_tells_of_others(name: str) -> None:
-    module = importlib.import_module(f"sealfs.mount.{name}")
-    buffer = mmap.mmap(-1, 1 << 16)
-    mine, theirs = os.pipe2(os.O_NONBLOCK)
-    other, their_other = os.pipe()
-    start = time.monotonic_ns()
-    assert module.spin_read(mine, buffer, (other,), 3_000_000) == -1
-    assert time.monotonic_ns() - start >= 3_000_000
-    timer = threading.Timer(0.05, os.write, (theirs, b"request"))
-    timer.start()
-    assert module.spin_read(mine, buffer, (other,), 10**10) == 7
-    assert buffer[:7] == b"request"
-    timer = threading.Timer(0.05, os.write, (their_other, b"x"))
-    timer.start()
-    assert module.spin_read(mine, buffer, (other,), 10**10) == -2
-    os.write(theirs, b"more")
-    assert module.spin_read(mine, buffer, (), 10**10) == 4
-    os.close(theirs)
-    assert module.spin_read(mine, buffer, (), 10**10) == 0
-    os.close(mine)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        module.spin_read(mine, buffer, (), 10**10)
-    for fd in (other, their_other):
-        os.close(fd)
-    buffer.close()
 
 
 # Answers.

@@ -614,7 +614,7 @@ static int find_slot(Quick *self, unsigned long long group, uint32_t *slot)
     Py_buffer present = {0}, slots = {0};
     size_t i = group % self->fanout;
     int status = -1;
-    PyObject *node = at_number(self->nodes, group / self->fanout);
+    PyObject *node = Py_XNewRef(at_number(self->nodes, group / self->fanout));
     if (node == NULL)
         return PyErr_Occurred() ? -1 : 0;
     PyObject *flags = PyObject_GetAttr(node, name_present), *numbers = NULL;
@@ -637,6 +637,7 @@ end:
     PyBuffer_Release(&present);
     Py_XDECREF(numbers);
     Py_XDECREF(flags);
+    Py_DECREF(node);
     return status;
 }
 
