@@ -129,7 +129,7 @@ static long long now_ns(void)
 static ssize_t spin(Device *self, long long nanoseconds)
 {
     ssize_t count;
-    long long end_ns = now_ns() + nanoseconds;
+    long long start_ns = now_ns();
     for (unsigned i = 0;; i++) {
         count = read(self->fd, self->buffer.buf, (size_t)self->buffer.len);
         if (count >= 0)
@@ -139,7 +139,7 @@ static ssize_t spin(Device *self, long long nanoseconds)
         if (i % LOOK_EVERY == 0) {
             if (poll(self->others, self->other_count, 0) > 0)
                 return OTHERS;
-            if (now_ns() > end_ns)
+            if (now_ns() - start_ns > nanoseconds)
                 return IDLE;
         }
     }

@@ -1,0 +1,565 @@
+"""Waiting for requests of /dev/fuse, and the reads that are answered meanwhile.
+
+A socket pair stands in for the device: each read gives one whole request. What both kinds do is
+asked of both; only the C one answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import importlib
+import mmap
+import os
+import random
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sending import quickly_sent
+from test_quick import BLOCKS, PAGE, content_of, contents_of
+from test_quick import image as image  # a fixture
+
+from sealfs.image.image import SealedImage
+from sealfs.image.outbox import outbox
+from sealfs.mount import protocol
+from sealfs.mount.device import BUSY, IDLE, OTHERS, PlainDevice
+from sealfs.mount.protocol import IN_HEADER, OUT_HEADER, READ_IN, Opcode
+
+_device = pytest.importorskip("sealfs.mount._device", reason="tools/setup builds it")
+
+SOON = 0.05
+LONG = 10**10
+A_MOMENT = 3_000_000
+ANSWERED_MAX = 64
+
+Kind = Any
+
+
+class Ends:
+    """A device, the kernel's end, what its answers that were not taken failed with."""
+
+    def __init__(self, kind: Kind, *, others: tuple[int, ...] = ()) -> None:
+        self.kernel, self.own = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.kernel, self.own):
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 21)
+        self.buffer = mmap.mmap(-1, 1 << 17)
+        self.handles: dict[int, Any] = {}
+        self.failed: list[list[int]] = []
+        self.box = outbox(self.own.fileno())
+        self.device = kind(
+            self.own.fileno(), self.buffer, others, self.handles, self.box, self.failed.append
+        )
+
+    def next(self, nanoseconds: int = 0, is_lone: bool = False) -> int:
+        found: int = self.device.next(nanoseconds, is_lone)
+        return found
+
+    def ask(self, request: bytes) -> None:
+        self.kernel.send(request)
+
+    def answers(self) -> list[bytes]:
+        """Return what has arrived at the kernel's end."""
+        found = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                found.append(self.kernel.recv(1 << 20))
+        return found
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        return self.device.requests, self.device.runs, self.device.answered
+
+    def close(self) -> None:
+        self.kernel.close()
+        self.own.close()
+
+
+@pytest.fixture(params=["C", "Python"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return _device.Device if request.param == "C" else PlainDevice
+
+
+@pytest.fixture
+def ends(kind: Kind) -> Iterator[Ends]:
+    made = Ends(kind)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def quick_ends() -> Iterator[Ends]:
+    """One that answers."""
+    made = Ends(_device.Device)
+    yield made
+    made.close()
+
+
+class Quick:
+    """Answers with what it was asked for; `is_able` whether it does."""
+
+    def __init__(self, is_able: object = True) -> None:
+        self.is_able = is_able
+        self.asked: list[tuple[int, int]] = []
+
+    def answer(self, offset: int, size: int, box: Any, header: bytes) -> object:
+        self.asked.append((offset, size))
+        if self.is_able is True:
+            box.put(header, offset.to_bytes(8, "little"))
+        return self.is_able
+
+
+def read_request(
+    fh: int, offset: int, size: int, *, unique: int = 7, opcode: int = Opcode.READ,
+    length: int | None = None, tail: bytes = b"",
+) -> bytes:  # fmt: skip
+    body = READ_IN.pack(fh, offset, size, 0, 0, 0, 0) + tail
+    whole = IN_HEADER.size + len(body) if length is None else length
+    return IN_HEADER.pack(whole, opcode, unique, 9, 0, 0, 1, 0, 0) + body
+
+
+def test_this_checkout_uses_the_c_module() -> None:
+    assert importlib.import_module("sealfs.mount.lane").Device is _device.Device
+
+
+# Waiting.
+
+
+def test_what_comes_is_taken_with_its_size(ends: Ends) -> None:
+    for request in (b"request", b"x", os.urandom(1 << 17), b"more"):
+        ends.ask(request)
+        assert ends.next(LONG) == len(request)
+        assert ends.buffer[: len(request)] == request
+    for nanoseconds in (0, LONG):  # there already, and none after it
+        ends.ask(b"one")
+        ends.ask(b"another")
+        assert ends.next(nanoseconds) == 3
+        assert ends.next(nanoseconds) == 7
+        assert ends.buffer[:7] == b"another"
+    assert ends.next() == IDLE
+
+
+def test_what_comes_while_it_spins_is_taken(ends: Ends) -> None:
+    threading.Timer(SOON, ends.ask, (b"request",)).start()
+    assert ends.next(LONG) == 7
+    assert ends.buffer[:7] == b"request"
+
+
+def test_it_waits_for_so_long_and_without_nanoseconds_not_at_all(ends: Ends) -> None:
+    start = time.monotonic_ns()
+    assert ends.next(A_MOMENT) == IDLE
+    assert time.monotonic_ns() - start >= A_MOMENT
+    start = time.monotonic_ns()
+    for nanoseconds in [0, -1, -LONG] * 20:
+        assert ends.next(nanoseconds) == IDLE
+    assert time.monotonic_ns() - start < 60 * A_MOMENT
+
+
+def test_others_are_told_of_while_it_spins_alone(kind: Kind) -> None:
+    (first, to_first), (second, to_second) = os.pipe(), os.pipe()
+    ends = Ends(kind, others=(first, second))
+    assert ends.next(A_MOMENT) == IDLE
+    for each, to_each in ((second, to_second), (first, to_first)):
+        threading.Timer(SOON, os.write, (to_each, b"x")).start()
+        assert ends.next(LONG) == OTHERS
+        assert ends.next(LONG) == OTHERS  # until it was read
+        assert ends.next(0) == IDLE
+        ends.ask(b"request")
+        assert ends.next(LONG) == 7  # the device comes first
+        os.read(each, 1)
+        assert ends.next(A_MOMENT) == IDLE
+    os.close(to_first)
+    assert ends.next(LONG) == OTHERS  # closed by its other end
+    for fd in (first, second, to_second):
+        os.close(fd)
+    ends.close()
+
+
+def test_the_end_is_a_request_of_no_bytes(ends: Ends) -> None:
+    ends.kernel.close()
+    assert ends.next(LONG) == 0
+    assert ends.next(0) == 0
+
+
+@pytest.mark.parametrize("nanoseconds", [0, LONG])
+def test_a_read_that_fails_is_an_error(ends: Ends, nanoseconds: int) -> None:
+    ends.ask(b"request")
+    ends.own.close()
+    with pytest.raises(OSError, match="Bad file descriptor") as info:
+        ends.next(nanoseconds)
+    assert info.value.errno == errno.EBADF
+    assert ends.counts == (0, 0, 0)
+
+
+def test_what_fails_or_ends_while_it_spins_is_told(kind: Kind) -> None:
+    waiting, writing = os.pipe2(os.O_NONBLOCK)
+    device = kind(waiting, mmap.mmap(-1, PAGE), (), {}, outbox(-1), print)
+    threading.Timer(SOON, os.close, (waiting,)).start()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        device.next(LONG, False)
+    os.close(writing)
+    ends = Ends(kind)
+    threading.Timer(SOON, ends.kernel.close).start()
+    assert ends.next(LONG) == 0
+    ends.close()
+
+
+# The outbox.
+
+
+def test_answers_are_sent_when_there_is_nothing_to_read(ends: Ends) -> None:
+    ends.ask(b"one")
+    ends.ask(b"two")
+    assert ends.next() == 3
+    ends.box.put(b"answer ", b"1")
+    assert ends.next(LONG) == 3  # another request waits: kept back
+    assert ends.box.count == 1
+    assert ends.answers() == []
+    ends.box.put(b"answer ", b"2")
+    assert ends.next() == IDLE
+    assert ends.answers() == [b"answer 1", b"answer 2"]
+    ends.box.put(b"answer ", b"3")
+    threading.Timer(SOON, ends.ask, (b"three",)).start()
+    assert ends.next(LONG) == 5  # sent before it spins, not after
+    assert ends.answers() == [b"answer 3"]
+    ends.box.put(b"answer ", b"4")
+    assert ends.next(A_MOMENT) == IDLE
+    assert ends.answers() == [b"answer 4"]
+    assert ends.failed == []
+
+
+def test_answers_that_are_not_taken_are_told_of_at_once(kind: Kind) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    waiting, writing = os.pipe2(os.O_NONBLOCK)
+    box = outbox(ours.fileno())
+    failed: list[list[int]] = []
+    device = kind(waiting, mmap.mmap(-1, PAGE), (), {}, box, failed.append)
+    theirs.close()
+    for nanoseconds in (0, A_MOMENT):
+        box.put(b"head", b"1")
+        box.put(b"head", b"2")
+        assert device.next(nanoseconds, False) == IDLE
+        assert device.next(nanoseconds, False) == IDLE
+        assert failed.pop() == [errno.EPIPE, errno.EPIPE]
+        assert not failed
+    for each in (ours, waiting, writing):
+        each.close() if isinstance(each, socket.socket) else os.close(each)
+
+
+def test_what_is_raised_by_who_is_told_is_raised(kind: Kind) -> None:
+    def not_taken(codes: list[int]) -> None:
+        raise RuntimeError(f"told of {codes}")
+
+    class Refusing:
+        def flush(self) -> list[int]:
+            raise RuntimeError("does not flush")
+
+    waiting, writing = os.pipe2(os.O_NONBLOCK)
+    box = SimpleNamespace(flush=lambda: [errno.EIO])
+    with pytest.raises(RuntimeError, match=r"told of \[5\]"):
+        kind(waiting, mmap.mmap(-1, PAGE), (), {}, box, not_taken).next(0, False)
+    with pytest.raises(RuntimeError, match="does not flush"):
+        kind(waiting, mmap.mmap(-1, PAGE), (), {}, Refusing(), not_taken).next(0, False)
+    for fd in (waiting, writing):
+        os.close(fd)
+
+
+# Counting.
+
+
+def test_requests_and_runs_are_counted(ends: Ends) -> None:
+    assert ends.counts == (0, 0, 0)
+    assert ends.next() == IDLE
+    assert ends.counts == (0, 0, 0)  # none after none is no run
+    for length in (3, 1, 2):
+        for _ in range(length):
+            ends.ask(b"request")
+        for _ in range(length):
+            assert ends.next(LONG) == 7
+    assert ends.counts == (6, 0, 0)  # it was never without one
+    for _ in range(3):
+        assert ends.next(0) == IDLE
+    assert ends.counts == (6, 1, 0)
+    for number in range(4):
+        threading.Timer(SOON / 10, ends.ask, (b"request",)).start()
+        assert ends.next(LONG) == 7
+        assert ends.counts == (7 + number, 1 + number, 0)
+    ends.kernel.close()
+    assert ends.next() == 0
+    assert ends.counts == (11, 4, 0)
+
+
+def test_what_was_counted_cannot_be_changed(quick_ends: Ends) -> None:
+    for name in ("requests", "runs", "answered"):
+        with pytest.raises(AttributeError):
+            setattr(quick_ends.device, name, 1)
+
+
+# Reads answered here, and those that are not.
+
+
+def test_a_read_is_answered_and_the_next_request_is_returned(quick_ends: Ends) -> None:
+    quick = Quick()
+    quick_ends.handles[5] = SimpleNamespace(quick=quick)
+    quick_ends.ask(read_request(5, 1 << 40, PAGE, unique=(1 << 64) - 2))
+    quick_ends.ask(b"something else")
+    assert quick_ends.next(LONG) == 14
+    assert quick_ends.buffer[:14] == b"something else"
+    assert quick.asked == [(1 << 40, PAGE)]
+    assert quick_ends.counts == (2, 0, 1)
+    assert quick_ends.box.count == 1
+    assert quick_ends.next() == IDLE
+    assert quick_ends.counts == (2, 1, 1)
+    header = OUT_HEADER.pack(OUT_HEADER.size + PAGE, 0, (1 << 64) - 2)
+    assert quick_ends.answers() == [header + (1 << 40).to_bytes(8, "little")]
+
+
+def test_the_twin_answers_nothing_by_itself() -> None:
+    ends, quick = Ends(PlainDevice), Quick()
+    ends.handles[5] = SimpleNamespace(quick=quick)
+    request = read_request(5, 0, PAGE)
+    ends.ask(request)
+    assert ends.next(LONG) == len(request)
+    assert quick.asked == []
+    assert ends.counts == (1, 0, 0)
+    ends.close()
+
+
+def test_a_guest_that_waits_for_each_answer_gets_it_at_once(quick_ends: Ends) -> None:
+    quick_ends.handles[5] = SimpleNamespace(quick=Quick())
+    for is_lone in (True, False):
+        for number in range(3):
+            quick_ends.ask(read_request(5, number * PAGE, PAGE, unique=number))
+        quick_ends.ask(b"else")
+        assert quick_ends.next(LONG, is_lone) == 4
+        assert len(quick_ends.answers()) == (3 if is_lone else 0)
+    assert quick_ends.next() == IDLE
+    assert len(quick_ends.answers()) == 3
+
+
+def test_who_is_told_while_it_answers_may_raise(quick_ends: Ends) -> None:
+    def not_taken(codes: list[int]) -> None:
+        raise RuntimeError("told")
+
+    box = SimpleNamespace(flush=lambda: [errno.EIO], put=lambda header, content: None)
+    handles = {5: SimpleNamespace(quick=Quick())}
+    device = _device.Device(quick_ends.own.fileno(), quick_ends.buffer, (), handles, box, not_taken)
+    quick_ends.ask(read_request(5, 0, PAGE))
+    with pytest.raises(RuntimeError, match="told"):
+        device.next(LONG, True)
+    assert device.answered == 1
+
+
+def test_after_so_many_in_a_row_others_may_run(quick_ends: Ends) -> None:
+    quick = Quick()
+    quick_ends.handles[5] = SimpleNamespace(quick=quick)
+    for number in range(2 * ANSWERED_MAX + 3):
+        quick_ends.ask(read_request(5, number * PAGE, PAGE, unique=number))
+    assert quick_ends.next(LONG) == BUSY
+    assert quick_ends.counts == (ANSWERED_MAX, 0, ANSWERED_MAX)
+    assert quick_ends.next(0) == BUSY
+    assert quick_ends.next(0) == IDLE
+    assert quick_ends.counts == (2 * ANSWERED_MAX + 3, 1, 2 * ANSWERED_MAX + 3)
+    uniques = [OUT_HEADER.unpack_from(answer)[2] for answer in quick_ends.answers()]
+    assert uniques == list(range(2 * ANSWERED_MAX + 3))
+    # One below it, and another request: that is what is returned.
+    for number in range(ANSWERED_MAX - 1):
+        quick_ends.ask(read_request(5, 0, PAGE, unique=number))
+    quick_ends.ask(b"else")
+    assert quick_ends.next(LONG) == 4
+
+
+HANDED_ON = {
+    "no request": b"",
+    "a stump": b"request",
+    "a header alone": IN_HEADER.pack(IN_HEADER.size, Opcode.READ, 7, 9, 0, 0, 1, 0, 0),
+    "one byte too short": read_request(5, 0, PAGE, length=79)[:-1],
+    "a length that is too small": read_request(5, 0, PAGE, length=79),
+    "a length that is too large": read_request(5, 0, PAGE, length=81),
+    "a length of nothing": read_request(5, 0, PAGE, length=0),
+    "a write": read_request(5, 0, PAGE, opcode=Opcode.WRITE),
+    "an opcode of no kind": read_request(5, 0, PAGE, opcode=Opcode.READ | 1 << 31),
+    "an offset below zero": read_request(5, 1 << 63, PAGE),
+    "the last offset": read_request(5, (1 << 64) - PAGE, PAGE),
+    "no such handle": read_request(4, 0, PAGE),
+    "a handle of many bits": read_request(5 | 1 << 63, 0, PAGE),
+    "a handle that has none": read_request(6, 0, PAGE),
+    "a handle without the attribute": read_request(7, 0, PAGE),
+    "one that cannot": read_request(8, 0, PAGE),
+    "one that says nothing": read_request(9, 0, PAGE),
+    "one that says something": read_request(10, 0, PAGE),
+    "one that raises": read_request(11, 0, PAGE),
+    "one that cannot be called": read_request(12, 0, PAGE),
+    "one that is interrupted": read_request(13, 0, PAGE),
+}
+
+
+class Raising:
+    def __init__(self, failure: BaseException) -> None:
+        self.failure = failure
+
+    def answer(self, *_: object) -> bool:
+        raise self.failure
+
+
+@pytest.mark.parametrize("name", HANDED_ON)
+def test_what_is_not_answered_is_handed_on_as_it_was(name: str, ends: Ends) -> None:
+    untouched = Quick()
+    ends.handles.update({
+        5: SimpleNamespace(quick=untouched),
+        6: SimpleNamespace(quick=None),
+        7: SimpleNamespace(),
+        8: SimpleNamespace(quick=Quick(False)),
+        9: SimpleNamespace(quick=Quick(None)),
+        10: SimpleNamespace(quick=Quick(1)),
+        11: SimpleNamespace(quick=Raising(RuntimeError("a bug"))),
+        12: SimpleNamespace(quick=5),
+        13: SimpleNamespace(quick=Raising(KeyboardInterrupt())),
+    })  # fmt: skip
+    request = HANDED_ON[name]
+    if request:
+        ends.ask(request)
+    else:
+        ends.kernel.close()
+    ends.buffer[:128] = b"\xee" * 128
+    assert ends.next(LONG, True) == len(request)
+    assert ends.buffer[:128] == request.ljust(128, b"\xee")
+    assert untouched.asked == []
+    assert ends.counts == (1, 0, 0)
+    assert ends.box.count == 0
+    if request:
+        assert ends.answers() == []
+        ends.ask(b"the next one")  # nothing of it is left behind
+        assert ends.next(LONG) == 12
+
+
+def test_a_request_that_is_longer_than_it_has_to_be_is_answered(quick_ends: Ends) -> None:
+    """A later kernel's, as the long way takes them."""
+    quick = Quick()
+    quick_ends.handles[5] = SimpleNamespace(quick=quick)
+    quick_ends.ask(read_request(5, 0, PAGE, tail=b"of a later version"))
+    assert quick_ends.next() == IDLE
+    assert quick_ends.counts == (1, 1, 1)
+
+
+def test_what_it_refers_to_is_held_and_let_go_of() -> None:
+    class Handle:
+        quick: object
+        device: Any
+
+    handle = Handle()
+    handle.quick = Quick()
+    waiting, writing = os.pipe2(os.O_NONBLOCK)
+    box = SimpleNamespace(flush=list)
+    handles = {5: handle}
+    handle.device = _device.Device(waiting, mmap.mmap(-1, PAGE), (), handles, box, print)
+    assert handle.device.next(0, False) == IDLE
+    gone = weakref.ref(handle)
+    del handle, handles
+    gc.collect()
+    assert gone() is None
+    for fd in (waiting, writing):
+        os.close(fd)
+
+
+def test_the_buffer_stays_mapped(quick_ends: Ends) -> None:
+    with pytest.raises(BufferError):
+        quick_ends.buffer.close()
+
+
+def test_sizes_that_do_not_fit_are_refused(quick_ends: Ends) -> None:
+    fd, buffer = quick_ends.own.fileno(), bytearray(80)
+    make = _device.Device
+    make(fd, buffer, (fd,) * 8, {}, None, print)
+    with pytest.raises(ValueError, match="sizes do not fit"):
+        make(fd, buffer, (fd,) * 9, {}, None, print)
+    with pytest.raises(ValueError, match="sizes do not fit"):
+        make(fd, bytearray(79), (), {}, None, print)
+    buffer.append(0)  # whoever was refused holds it no longer
+    wrongs: tuple[tuple[Any, ...], ...] = (
+        (fd, b"x" * 80, (), {}, None, print),
+        (fd, buffer, [], {}, None, print),
+        (fd, buffer, (), [], None, print),
+        (fd, buffer, ("x",), {}, None, print),
+        (fd, buffer, (), {}, None),
+        ("x", buffer, (), {}, None, print),
+    )
+    for wrong in wrongs:
+        with pytest.raises((TypeError, BufferError)):
+            make(*wrong)
+    buffer.append(0)
+    for wrong_call in ((), (0,), (0, 0, 0), ("x", 0)):
+        with pytest.raises(TypeError):
+            quick_ends.device.next(*wrong_call)
+    with pytest.raises(OverflowError):
+        quick_ends.device.next(1 << 63, False)
+
+
+def test_the_longest_time_is_no_overflow(kind: Kind) -> None:
+    other, writing = os.pipe()
+    ends = Ends(kind, others=(other,))
+    threading.Timer(SOON, os.write, (writing, b"x")).start()
+    assert ends.next((1 << 63) - 1) == OTHERS
+    ends.close()
+    for fd in (other, writing):
+        os.close(fd)
+
+
+# With an image.
+
+
+def test_a_guest_that_reads_at_random_gets_each_block(quick_ends: Ends, image: SealedImage) -> None:
+    rng, wanted = random.Random(3), {}
+    quick_ends.handles[1] = SimpleNamespace(quick=image.quick())
+    for unique in range(400):
+        block = rng.randrange(64, BLOCKS - 32)
+        count = rng.choice((1, 1, 4, 32))
+        if block // 128 != (block + count - 1) // 128:
+            count = 1
+        wanted[unique] = contents_of(block, count)
+        quick_ends.ask(read_request(1, block * PAGE, count * PAGE, unique=unique))
+        if rng.random() < 0.3:
+            assert quick_ends.next(A_MOMENT, is_lone=rng.random() < 0.5) == IDLE
+            for answer in quick_ends.answers():
+                length, code, number = OUT_HEADER.unpack_from(answer)
+                assert (length, code) == (len(answer), 0)
+                assert answer[OUT_HEADER.size :] == wanted.pop(number)
+    assert quick_ends.next(0) == IDLE
+    for answer in quick_ends.answers():
+        assert answer[OUT_HEADER.size :] == wanted.pop(OUT_HEADER.unpack_from(answer)[2])
+    assert not wanted
+    assert quick_ends.failed == []
+    assert quick_ends.device.answered == quick_ends.device.requests == 400
+
+
+def test_what_the_image_cannot_answer_is_handed_on(quick_ends: Ends, image: SealedImage) -> None:
+    quick = image.quick()
+    quick_ends.handles[1] = SimpleNamespace(quick=quick)
+    assert image.try_write(70 * PAGE, content_of(1))
+    for number, (offset, size) in enumerate((
+        (0, PAGE), (70 * PAGE, PAGE), (BLOCKS * PAGE, PAGE), (80 * PAGE + 1, PAGE),
+        (80 * PAGE, 0), (80 * PAGE, 33 * PAGE), (80 * PAGE, (1 << 32) - PAGE),
+    )):  # fmt: skip
+        request = read_request(1, offset, size)
+        quick_ends.ask(request)
+        assert quick_ends.next(LONG) == len(request)
+        assert quick_ends.buffer[: len(request)] == request
+        assert quick_ends.counts == (number + 1, 0, 0)
+    assert quick_ends.box.count == 0
+    quick_ends.ask(read_request(1, 80 * PAGE, PAGE))
+    assert quick_ends.next() == IDLE
+    assert quick_ends.answers() == [
+        protocol.OUT_HEADER.pack(16 + PAGE, 0, 7) + content_of(80)
+    ]  # fmt: skip
+    image.abandon()
+    request = read_request(1, 80 * PAGE, PAGE)
+    quick_ends.ask(request)
+    assert quick_ends.next(LONG) == len(request)
+    assert quickly_sent(quick, 80 * PAGE) is None
