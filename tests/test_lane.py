@@ -7,8 +7,12 @@ the answers. So requests that no kernel sends can be tried.
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import random
 import socket
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,11 +25,13 @@ import trio
 from mount_support import FakeImage
 
 from sealfs.errors import BlockDamaged, StorageFailed
+from sealfs.mount import lane as lanes
 from sealfs.mount import protocol
+from sealfs.mount.device import IDLE, PlainDevice
 from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
 from sealfs.mount.handles import Handles
-from sealfs.mount.lane import Lane
+from sealfs.mount.lane import LONG_READ, RUN_MAX, SPIN_NS, SPIN_OFF_NS, Lane
 from sealfs.mount.protocol import IN_HEADER, OUT_HEADER, Opcode
 from sealfs.mount.relay import Relay
 from sealfs.mount.workers import Workers
@@ -42,11 +48,27 @@ class Image(FakeImage):
         self.waits = False
         self.full = False
         self.failure: Exception | None = None
+        self.plan_failure: Exception | None = None
+        self.fetch: Callable[[Any, memoryview, bool], bool] | None = None
+        """Called with what a plan does, and with what that is given."""
+        self.slow_reads = 0
 
     def try_read(self, offset: int, size: int) -> Any:
         if self.failure:
             raise self.failure
         return None if self.waits else super().try_read(offset, size)
+
+    def plan_read(self, offset: int, size: int) -> Any:
+        if self.plan_failure:
+            raise self.plan_failure
+        plan = super().plan_read(offset, size)
+        return partial(self.fetch, plan) if plan and self.fetch else plan
+
+    def read_steps(self, offset: int, size: int) -> Any:
+        self.slow_reads += 1
+        if self.failure:
+            raise self.failure
+        return (yield from super().read_steps(offset, size))
 
     def try_write(self, offset: int, data: Any) -> bool:
         if self.failure:
@@ -72,8 +94,12 @@ class Image(FakeImage):
 class Rig:
     """A lane under test, its kernel's end and pyfuse3's end."""
 
-    def __init__(self, image: Image, handles: Handles, kernel: Any, pyfuse3: Any) -> None:
+    def __init__(
+        self, image: Image, lane: Lane, handles: Handles, kernel: Any, pyfuse3: Any
+    ) -> None:
         self.image = image
+        self.lane = lane
+        self.ended = trio.Event()
         self.handles = handles
         self.kernel = kernel
         self.pyfuse3 = pyfuse3
@@ -91,6 +117,14 @@ class Rig:
         length, error, unique = OUT_HEADER.unpack_from(raw)
         assert length == len(raw)
         return unique, -error, raw[OUT_HEADER.size :]
+
+    async def serve(self) -> None:
+        await self.lane.run()
+        self.ended.set()
+
+    def has_several_guests(self) -> None:
+        """Take the guest for one that asks several things at once, from now on."""
+        self.lane._is_lone, self.lane._count_until_ns = False, 1 << 62
 
     async def ask(self, opcode: int, body: bytes) -> tuple[int, bytes]:
         await self.send(opcode, 100, body)
@@ -112,6 +146,7 @@ def write_in(fh: int, offset: int, data: bytes, *, flags: int = 0, size: int = -
 async def rig(image: Image) -> AsyncIterator[Rig]:
     kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     device.setblocking(False)
+    device.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)  # for a long answer
     workers, handles, failures = Workers(2), Handles(), Failures()
     cache: Any = SimpleNamespace(dirty_max=1 << 20, dirty_size=0, free_count=0)
     opener: Any = SimpleNamespace(
@@ -131,8 +166,9 @@ async def rig(image: Image) -> AsyncIterator[Rig]:
         assert handles.add(disk, 7, os.O_RDONLY) == 2
         assert handles.add(disk, 7, os.O_RDWR | os.O_SYNC) == 3
         await nursery.start(relay.run)
-        nursery.start_soon(lane.run)
-        yield Rig(image, handles, trio.socket.from_stdlib_socket(kernel), pyfuse3)
+        made = Rig(image, lane, handles, trio.socket.from_stdlib_socket(kernel), pyfuse3)
+        nursery.start_soon(made.serve)
+        yield made
         nursery.cancel_scope.cancel()
     relay.close()
     workers.close()
@@ -351,6 +387,276 @@ def test_answers_expected_are_bounded_by_the_buffer() -> None:
                 seen.append((await lane.answer())[0])
         assert asked * size <= room
         assert len(set(seen)) == 40
+
+    run(test)
+
+
+# Reads answered by the device, and long ones.
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_reads_are_counted_whoever_answers_them(
+    is_plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_plain:
+        monkeypatch.setattr(lanes, "Device", PlainDevice)
+    else:
+        pytest.importorskip("sealfs.mount._device", reason="tools/setup builds it")
+
+    async def test(lane: Rig) -> None:
+        for number in range(5):
+            assert await lane.ask(Opcode.READ, read_in(1, number * 4096, 4096)) == (0, bytes(4096))
+        for _ in range(3):
+            assert await lane.ask(Opcode.READ, read_in(1, 1, 10)) == (0, bytes(10))
+        assert lane.lane.served["read"] == 8
+        assert lane.lane._device.answered == (0 if is_plain else 5)
+
+    run(test)
+
+
+def test_of_a_handle_that_was_closed_nothing_is_read() -> None:
+    async def test(lane: Rig) -> None:
+        assert await lane.ask(Opcode.READ, read_in(2, 0, 4096)) == (0, bytes(4096))
+        lane.handles.remove(2)
+        assert await lane.ask(Opcode.READ, read_in(2, 0, 4096)) == (errno.EBADF, b"")
+        assert await lane.ask(Opcode.READ, read_in(1, 0, 4096)) == (0, bytes(4096))
+
+    run(test)
+
+
+def filled(image: Image) -> bytes:
+    """Fill an image with what is nowhere the same; return that."""
+    content = random.Random(1).randbytes(SIZE)
+    image.try_write(0, content)
+    return content
+
+
+def part(content: bytes, number: int) -> bytes:
+    return content[number * LONG_READ : (number + 1) * LONG_READ]
+
+
+def long_read(number: int) -> bytes:
+    return read_in(1, number * LONG_READ, LONG_READ)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(5):
+        while not condition():  # noqa: ASYNC110 - another thread makes it true
+            await trio.sleep(0.001)
+
+
+Seen = tuple[bool, bool]
+"""Whether it was the lane's thread that read, and whether it might wait."""
+
+
+class Fetches:
+    """How long reads were done; `held` keeps workers from going on until it is set."""
+
+    def __init__(self, image: Image, failure: Exception | None = None) -> None:
+        self.seen: list[Seen] = []
+        self.held = threading.Event()
+        self._failure = failure
+        self._lane = threading.get_ident()
+        image.fetch = self.fetch
+
+    def fetch(self, plan: Any, view: memoryview, may_wait: bool) -> bool:
+        is_lane = threading.get_ident() == self._lane
+        self.seen.append((is_lane, may_wait))
+        view[:] = b"\xee" * len(view)
+        if not is_lane:
+            assert self.held.wait(10)
+            if self._failure is not None:
+                raise self._failure
+        done: bool = plan(view, may_wait)
+        return done
+
+
+def test_a_lone_guest_gets_long_reads_from_the_lane() -> None:
+    async def test(lane: Rig) -> None:
+        content, fetches = filled(lane.image), Fetches(lane.image)
+        for number in (0, 1, 3):
+            assert await lane.ask(Opcode.READ, long_read(number)) == (0, part(content, number))
+        assert fetches.seen == [(True, False)] * 3
+        assert lane.image.slow_reads == 0
+
+    run(test)
+
+
+def test_what_is_not_of_whole_blocks_is_not_planned() -> None:
+    async def test(lane: Rig) -> None:
+        content, fetches = filled(lane.image), Fetches(lane.image)
+        for offset, size in (
+            (0, LONG_READ - 4096), (512, LONG_READ), (0, LONG_READ + 1), (SIZE - 4096, LONG_READ),
+        ):  # fmt: skip
+            found = await lane.ask(Opcode.READ, read_in(1, offset, size))
+            assert found == (0, content[offset : offset + size])
+        assert fetches.seen == []
+
+    run(test)
+
+
+def test_long_reads_are_shared_by_a_worker_and_the_lane() -> None:
+    async def test(lane: Rig) -> None:
+        content, fetches = filled(lane.image), Fetches(lane.image)
+        lane.has_several_guests()
+        for round_ in range(1, 4):
+            await lane.send(Opcode.READ, 50, long_read(0))
+            for number in (1, 2, 3):  # while the worker has the first
+                assert await lane.ask(Opcode.READ, long_read(number)) == (0, part(content, number))
+            fetches.held.set()
+            assert await lane.answer() == (50, 0, part(content, 0))
+            await until(lambda: not lane.lane._is_shared)
+            fetches.held.clear()
+            assert sorted(fetches.seen) == [(False, True)] * round_ + [(True, False)] * 3 * round_
+        assert lane.image.slow_reads == 0
+
+    run(test)
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_a_worker_fails_at_is_answered_once_the_slow_way(is_damaged: bool) -> None:
+    failure = BlockDamaged("/disk.sealed", 3, "does not authenticate")
+
+    async def test(lane: Rig) -> None:
+        content, fetches = filled(lane.image), Fetches(lane.image, failure)
+        lane.has_several_guests()
+        fetches.held.set()
+        lane.image.failure = failure if is_damaged else None
+        wanted = (errno.EIO, b"") if is_damaged else (0, part(content, 1))
+        for round_ in range(1, 4):  # the one after it is a worker's again
+            assert await lane.ask(Opcode.READ, long_read(1)) == wanted
+            assert lane.image.slow_reads == round_
+            assert fetches.seen == [(False, True)] * round_
+        lane.image.failure = None
+        assert await lane.ask(Opcode.READ, read_in(1, 1, 2)) == (0, content[1:3])  # nothing twice
+
+    run(test)
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_lane_cannot_read_at_once_is_answered_once_the_slow_way(
+    fails: bool, is_damaged: bool
+) -> None:
+    failure = BlockDamaged("/disk.sealed", 3, "does not authenticate")
+
+    def fetch(plan: Any, view: memoryview, may_wait: bool) -> bool:
+        view[:] = b"\xee" * len(view)
+        if fails:
+            raise failure
+        return False
+
+    async def test(lane: Rig) -> None:
+        content = filled(lane.image)
+        lane.image.fetch, lane.image.waits = fetch, True
+        lane.image.failure = failure if is_damaged else None
+        wanted = (errno.EIO, b"") if is_damaged else (0, part(content, 1))
+        for _ in range(3):
+            assert await lane.ask(Opcode.READ, long_read(1)) == wanted
+        assert lane.image.slow_reads == (0 if is_damaged else 3)
+        lane.image.failure, lane.image.waits = None, False
+        assert await lane.ask(Opcode.READ, read_in(1, 1, 2)) == (0, content[1:3])
+
+    run(test)
+
+
+def test_a_plan_that_fails_is_answered_and_logged_with_its_image(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test(lane: Rig) -> None:
+        lane.image.plan_failure = BlockDamaged("/disk.sealed", 3, "and 3 after it are lost")
+        for _ in range(3):
+            assert await lane.ask(Opcode.READ, long_read(0)) == (errno.EIO, b"")
+
+    run(test)
+    (record,) = (each for each in caplog.records if each.levelno >= logging.ERROR)
+    assert 'image="/disk.sealed" vm="vm" block=3' in record.getMessage()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_lane_ends_only_after_the_worker_that_reads(fails: bool) -> None:
+    failure = BlockDamaged("/disk.sealed", 3, "does not authenticate") if fails else None
+
+    async def test(lane: Rig) -> None:
+        fetches = Fetches(lane.image, failure)
+        lane.has_several_guests()
+        await lane.send(Opcode.READ, 50, long_read(0))
+        await until(lambda: bool(fetches.seen))
+        lane.kernel.close()  # unmounted
+        await trio.sleep(0.1)
+        assert not lane.ended.is_set()
+        fetches.held.set()
+        with trio.fail_after(5):
+            await lane.ended.wait()
+        assert not lane.lane._is_shared
+        assert lane.image.slow_reads == fails
+
+    run(test)
+
+
+# What kind of guest it is.
+
+
+def test_a_guest_is_lone_while_its_requests_come_one_by_one() -> None:
+    async def test(lane: Rig) -> None:
+        own, device = lane.lane, lane.lane._device
+        counted: Any = SimpleNamespace(requests=0, runs=0)
+        own._device, own._counted = counted, (0, 0)
+        try:
+            for requests, runs, is_lone in (
+                (0, 0, True), (1, 1, True), (100, 100, True), (100 * RUN_MAX, 100, True),
+                (100 * RUN_MAX + 1, 100, False), (1, 0, False), (64, 1, False), (0, 0, True),
+                (10_000, 1, False), (2, 1, True),
+            ):  # fmt: skip
+                counted.requests += requests
+                counted.runs += runs
+                own._count(time.perf_counter_ns())
+                assert own._is_lone is is_lone, (requests, runs)
+        finally:
+            own._device = device
+
+    run(test)
+
+
+def test_it_spins_while_requests_come_and_nobody_else_wants_to_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(lane: Rig) -> None:
+        own, device = lane.lane, lane.lane._device
+        clock = SimpleNamespace(now=10**18)
+        counted: Any = SimpleNamespace(requests=1000, runs=0)
+        own._device = counted
+        own._due = False
+        with monkeypatch.context() as patch:
+            patch.setattr(lanes, "time", SimpleNamespace(perf_counter_ns=lambda: clock.now))
+            assert own._spin_time() == SPIN_NS
+            clock.now += SPIN_OFF_NS
+            assert own._spin_time() == SPIN_NS
+            clock.now += 1
+            assert own._spin_time() == 0  # idle
+            counted.requests += 1
+            assert own._spin_time() == SPIN_NS
+            own._due = True
+            assert own._spin_time() == 0
+            own._due = False
+            own._disks.workers.busy_count += 1
+            assert own._spin_time() == 0
+            own._disks.workers.busy_count -= 1
+            assert own._spin_time() == SPIN_NS
+        own._device, own._count_until_ns = device, 0
+
+    run(test)
+
+
+def test_a_task_that_can_go_on_is_not_made_to_wait_for_a_request() -> None:
+    async def test(lane: Rig) -> None:
+        own = lane.lane
+        own._outbox.put(protocol.error_reply(77, 0), b"")
+        own._due = True
+        with trio.fail_after(5):
+            await own._let_others_run(IDLE)
+        assert not own._due
+        assert await lane.answer() == (77, 0, b"")
 
     run(test)
 

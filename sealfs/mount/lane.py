@@ -288,11 +288,11 @@ class Lane:
         return bool(found)
 
     def _read_bytes(self, unique: int, disk: Disk, offset: int, size: int) -> None:
-        if size >= LONG_READ and not (offset | size) & BLOCK_MASK:
-            fetch = disk.opened.plan_read(offset, size)
-            if fetch is not None and self._read_long(unique, disk, offset, size, fetch):
-                return
         try:
+            if size >= LONG_READ and not (offset | size) & BLOCK_MASK:
+                fetch = disk.opened.plan_read(offset, size)
+                if fetch is not None and self._read_long(unique, disk, offset, size, fetch):
+                    return
             data = disk.opened.try_read(offset, size)
         except Exception as exc:
             self._fail(unique, disk, exc)
