@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
-import mmap
+import contextlib
 import os
 import random
+import socket
+import struct
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
+from types import SimpleNamespace
 from typing import Any
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -22,6 +25,14 @@ from sealfs.mount import _device, _ring
 
 PAGE = 4096
 PREFIX = b"sealfs block" + bytes(16)
+DIRECT = b"directly"
+QUICK = ("image", "volume", "cache", "shared", "clean", "nodes", "leaves", "opener", "fd", "base",
+         "group_blocks", "fanout", "first_home", "slot_size", "keep_every")  # fmt: skip
+
+
+def _make_quick(*values: Any) -> Any:
+    """Make one by position: its arguments have names."""
+    return _blockread.Quick(**dict(zip(QUICK, values, strict=False)))
 
 
 class Fuzz:
@@ -33,15 +44,18 @@ class Fuzz:
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the run
         self.fd = self.file.fileno()
         self.null = os.open(os.devnull, os.O_RDWR)
-        self.receiving, self.sending = os.pipe2(os.O_NONBLOCK)
+        self.device, self.kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.device, self.kernel):
+            end.setblocking(False)
         self.ring = _ring.Ring()
 
     def close(self) -> None:
         """Let go of everything."""
         self.ring.close()
         self.file.close()
-        for fd in (self.null, self.receiving, self.sending):
-            os.close(fd)
+        os.close(self.null)
+        for end in (self.device, self.kernel):
+            end.close()
 
     def odd(self) -> Any:
         """Return something that is seldom what was asked for."""
@@ -49,7 +63,7 @@ class Fuzz:
         return rng.choice(
             (None, -1, 0, 2**31, 2**32, 2**63, 2**64, -(2**70), 1.5, b"", "x", [], [1], [-1, 2**65],
              {}, {1: b""}, (), bytes(rng.randrange(100)), bytearray(PAGE), memoryview(bytes(33)),
-             range(3), self.fd)
+             range(3), self.fd, 2**63 - 1, -(2**63))
         )  # fmt: skip
 
     def call(self, name: str, function: Any, *args: Any) -> Any:
@@ -62,6 +76,11 @@ class Fuzz:
         try:
             found = function(*given)
         except (TypeError, ValueError, OverflowError, KeyError, OSError, BufferError) as exc:
+            self.calls[f"{name}: {type(exc).__name__}"] += 1
+            return None
+        except AttributeError as exc:  # of an object that is not what it should be
+            if name not in ("answer", "next"):
+                raise
             self.calls[f"{name}: {type(exc).__name__}"] += 1
             return None
         self.calls[f"{name}: answered"] += 1
@@ -99,6 +118,9 @@ class Fuzz:
         if found is not None:
             assert (found >= 0) == bool(altered)
         self.send(key, epoch, first, count, entries, slab, frames)
+        self.answer(
+            key, epoch, entries, [slab[at * PAGE : (at + 1) * PAGE] for at in frames], first
+        )
 
     def send(
         self, key: bytes, epoch: int, first: int, count: int, entries: bytes, slab: bytes,
@@ -122,6 +144,92 @@ class Fuzz:
         self.call("forget", opener.forget)
         self.call("flush", box.flush)
 
+    def answer(
+        self, key: bytes, epoch: int, entries: bytes, contents: list[bytes], first: int
+    ) -> None:  # fmt: skip
+        """Answer reads of the run, directly and as requests of a device."""
+        rng, count = self.rng, len(contents)
+        opener = _blockread.Opener(PREFIX)
+        opener.add(epoch, key)
+        group, base = count + rng.randrange(3) or 1, rng.choice((0, 1 << 48))
+        number, index = divmod(first, group)
+        dirty = {rng.randrange(first, first + 9): 0 for _ in range(rng.choice((0, 0, 1)))}
+        clean = OrderedDict(
+            (base + first + i, contents[i]) for i in range(count) if not rng.randrange(4)
+        )
+        node = SimpleNamespace(
+            present=bytearray(b"\1\1"),
+            slots=struct.pack("II", *[rng.choice((0, 0, 2**32 - 1))] * 2),
+        )
+        leaf = (bytes(index * 32) + entries)[: rng.choice((PAGE, PAGE, 64))]
+        owner: Any = SimpleNamespace(
+            size=(first + count) * PAGE, inline={}, dirty=dirty, committing={}, hits=0,
+            put_clean=clean.__setitem__,
+        )  # fmt: skip
+        if rng.random() < 0.1:
+            setattr(owner, rng.choice(list(vars(owner))), self.odd())
+        if rng.random() < 0.1:
+            setattr(node, rng.choice(("present", "slots")), self.odd())
+        first_home = 2**64 - index * PAGE if index else 0  # the run lies where the file begins
+        quick = self.call(
+            "Quick", _make_quick, owner, owner, owner, owner, clean, {number // 2: node},
+            {number: leaf}, opener, self.fd, base, group, 2, first_home, PAGE, rng.randrange(1, 3),
+        )  # fmt: skip
+        box = _blockread.Outbox(self.device.fileno())
+        handles: dict[int, Any] = {1: SimpleNamespace(quick=quick)}
+        device = self.call(
+            "Device", _device.Device, self.device.fileno(), bytearray(PAGE), (self.null,), handles,
+            box, lambda codes: None,
+        )  # fmt: skip
+        if quick is None or device is None:
+            return
+        for _ in range(rng.randrange(1, 12)):
+            at, length = rng.randrange(10), rng.randrange(1, 4)
+            offset, size = (first + at) * PAGE + rng.choice((0, 0, 0, 1)), length * PAGE
+            before = box.count
+            found = self.call(
+                "answer", quick.answer, offset, size, box, struct.pack("<8sII", DIRECT, at, length)
+            )
+            if found:
+                assert at + length <= count
+                assert not any(first + i in owner.dirty for i in range(at, at + length))
+            elif found is not None:
+                assert box.count in (before, 0)
+            self.ask(offset, size, at << 8 | length)
+            assert 0 <= box.count <= 8
+        for _ in range(rng.randrange(1, 8)):
+            self.call("next", device.next, rng.choice((0, 0, 1000)), rng.random() < 0.5)
+        box.flush()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.check(self.kernel.recv(1 << 18), contents)
+
+    def check(self, answer: bytes, contents: list[bytes]) -> None:
+        """Compare what was answered with what is to be there."""
+        direct, at, length = struct.unpack_from("<8sII", answer.ljust(16, b"\0"))
+        if direct != DIRECT:
+            size, code, unique = struct.unpack_from("<IiQ", answer.ljust(16, b"\0"))
+            if size != len(answer) or code:
+                return  # by a header that was replaced
+            at, length = unique >> 8, unique & 0xFF
+        assert answer[16:] == b"".join(contents[at : at + length])
+        self.calls["an answer was right"] += 1
+
+    def ask(self, offset: int, size: int, unique: int) -> None:
+        """Send a request for a read, or something like it."""
+        rng = self.rng
+        request = bytearray(
+            struct.pack("<IIQQIIIIQQIIQII", 80, 15, unique, 9, 0, 0, 1, 0, rng.choice((1, 1, 1, 2)),
+                        offset % 2**64, size, 0, 0, 0, 0)
+        )  # fmt: skip
+        if rng.random() < 0.2:  # all but by what it is checked
+            at = rng.choice((*range(8), *range(16, 48), *range(60, 80)))
+            request[at] ^= 1 << rng.randrange(8)
+        if rng.random() < 0.1:
+            request = request[: rng.randrange(1, 80)]
+        with contextlib.suppress(BlockingIOError):
+            self.kernel.send(request)
+
     def write(self) -> None:
         """Write blocks to places of the file."""
         count = self.rng.randrange(0, 12)
@@ -136,12 +244,8 @@ class Fuzz:
                 if place not in places[i + 1 :]:
                     assert os.pread(self.fd, PAGE, place) == content[i * PAGE : (i + 1) * PAGE]
 
-    def wait(self) -> None:
-        """Spin for what is there or not; have parts of the file read."""
-        buffer = mmap.mmap(-1, PAGE)
-        if self.rng.random() < 0.5:
-            os.write(self.sending, b"request")
-        self.call("spin_read", _device.spin_read, self.receiving, buffer, (self.null,), 1000)
+    def fetch(self) -> None:
+        """Have parts of the file read."""
         for _ in range(self.rng.randrange(20)):
             self.call(
                 "read", self.ring.read, self.fd, self.rng.randrange(2**20),
@@ -160,7 +264,7 @@ def main() -> None:
     print(f"seed {seed}", flush=True)
     fuzz, end = Fuzz(seed), time.monotonic() + seconds
     while time.monotonic() < end:
-        for part in (fuzz.seal_and_open, fuzz.write, fuzz.wait):
+        for part in (fuzz.seal_and_open, fuzz.write, fuzz.fetch):
             part()
     for name, count in sorted(fuzz.calls.items()):
         print(f"{count:9,} {name}")

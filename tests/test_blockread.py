@@ -402,9 +402,13 @@ def test_random_arguments_are_answered_or_refused() -> None:
     """A little of what `tools/sanitize` does for longer, over modules that check themselves."""
     fuzz = Fuzz(20261123)
     for _ in range(60):
-        for part in (fuzz.seal_and_open, fuzz.write, fuzz.wait):
+        for part in (fuzz.seal_and_open, fuzz.write, fuzz.fetch):
             part()
     fuzz.close()
-    for name in ("seal_run", "open_run", "send", "put", "write_blocks", "spin_read", "read"):
+    for name in (
+        "seal_run", "open_run", "send", "put", "write_blocks", "read", "Quick", "answer", "Device",
+        "next",
+    ):  # fmt: skip
         assert fuzz.calls[f"{name}: answered"]
         assert fuzz.calls[f"{name}: TypeError"]
+    assert fuzz.calls["an answer was right"]
