@@ -142,7 +142,8 @@ def unmount_all(directory: Path) -> list[str]:
     prefix = os.path.realpath(directory) + "/"
     found = [
         line.split(" ")[4]
-        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+        # Not splitlines: a mount point of another test may hold any other line break.
+        for line in Path("/proc/self/mountinfo").read_text(errors="replace").rstrip().split("\n")
         if line.split(" ")[4].startswith(prefix)
     ]
     for mountpoint in reversed(found):
