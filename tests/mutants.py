@@ -4,7 +4,7 @@ Each breaks one rule by a small edit of one source file, and names the tests tha
 the cheapest first. The text it replaces must be there exactly once: a mutant that no longer fits
 the source is an error and not a survivor. `mutants_run.py` runs them, `tools/mutants` is the
 command; the list follows FORMAT.md: 8.2, 8.3, 8.1 and 8.4, 9, 3 to 7, rewrites of 5, rekeys
-(11), the ledger; then the network links.
+(11), the ledger; then the network links, and what a mount answers reads with, which is C in part.
 """
 
 from __future__ import annotations
@@ -1304,8 +1304,253 @@ NETS = (
     ),
 )  # fmt: skip
 
+QUICK_C, DEVICE_C = "image/_blockread.c", "mount/_device.c"
+DEVICE_FILE, LANE_FILE = "mount/device.py", "mount/lane.py"
+QUICK, DEVICE = "tests/test_quick.py", "tests/test_device.py"
+LONG_READS, LANE = "tests/test_long_reads.py", "tests/test_lane.py"
+_ANSWERS, _WAITS, _SHARES = "Quick.answer", "Device.next", "lane.py, long reads"
+
+READS = (
+    Mutant(
+        "a dirty block is sent as it was", _ANSWERS, QUICK_C,
+        (("    int newer = has_any_of(self->cache, name_dirty, first, count);\n",
+          "    int newer = 0;\n"),),
+        (QUICK,),
+    ),
+    Mutant(
+        "a block under commit is sent as it was", _ANSWERS, QUICK_C,
+        (("        newer = has_any_of(self->cache, name_committing, first, count);\n",
+          "        newer = 0;\n"),),
+        (QUICK,),
+    ),
+    Mutant(
+        "only the first block of a run is looked for among newer ones", _ANSWERS, QUICK_C,
+        (("i < count && !found; i++)", "i < 1 && !found; i++)"),), (QUICK,),
+    ),
+    Mutant(
+        "what is in the journal only is read at home", _ANSWERS, QUICK_C,
+        (("    int is_away = PyObject_IsTrue(away);", "    int is_away = 0;"),), (QUICK,),
+    ),
+    Mutant(
+        "a block beyond the end is sent", _ANSWERS, QUICK_C,
+        (("    if (offset > disk_size || size > disk_size - offset)\n",
+          "    if (offset > disk_size)\n"),),
+        (QUICK,),
+    ),
+    Mutant(
+        "one block more than an answer has room for", _ANSWERS, QUICK_C,
+        (("size > BLOCKS_MAX * BLOCK_SIZE || (", "size > (BLOCKS_MAX + 1) * BLOCK_SIZE || ("),),
+        (QUICK,),
+    ),
+    Mutant(
+        "an offset within a block is that of the block", _ANSWERS, QUICK_C,
+        (("|| (offset | size) % BLOCK_SIZE)", "|| size % BLOCK_SIZE)"),), (QUICK,),
+    ),
+    Mutant(
+        "a run may cross groups", _ANSWERS, QUICK_C,
+        (("    if (index + count > self->group_blocks)\n        return 0;\n", ""),), (QUICK,),
+    ),
+    Mutant(
+        "images share clean blocks", _ANSWERS, QUICK_C,
+        (("PyObject *key = PyLong_FromUnsignedLongLong(self->base + block)",
+          "PyObject *key = PyLong_FromUnsignedLongLong(block)"),),
+        (QUICK,),
+    ),
+    Mutant(
+        "a clean block that is sent stays the next to go", _ANSWERS, QUICK_C,
+        (("    moved = PyObject_CallMethodOneArg(self->clean, name_move_to_end, key);\n",
+          "    moved = Py_NewRef(Py_None);\n"),),
+        (QUICK,),
+    ),
+    Mutant(
+        "hits are not counted", _ANSWERS, QUICK_C,
+        (("    one = PyLong_FromLong(1);\n", "    one = PyLong_FromLong(0);\n"),), (QUICK,),
+    ),
+    Mutant(
+        "every block that is met is kept", _ANSWERS, QUICK_C,
+        (("++self->met % self->keep_every)", "++self->met == 0)"),), (QUICK,),
+    ),
+    Mutant(
+        "a group without a slot is read", _ANSWERS, QUICK_C,
+        (("    if (i >= (size_t)present.len || !((unsigned char *)present.buf)[i]) {\n",
+          "    if (i >= (size_t)present.len) {\n"),),
+        (QUICK,),
+    ),
+    Mutant(
+        "what does not authenticate is sent", "3.3", QUICK_C,
+        (("            return NOT_AUTHENTIC;\n        }\n", "        }\n"),), (QUICK,),
+    ),
+    Mutant(
+        "what does not authenticate stays in memory", "3.3", QUICK_C,
+        (("            OPENSSL_cleanse(plain, size);", "           "),),
+        (QUICK,),
+    ),
+    Mutant(
+        "a block is opened wherever it lies", "3.3", QUICK_C,
+        (("* ENTRY_SIZE, block + (uint64_t)i,\n", "* ENTRY_SIZE, block,\n"),),
+        (QUICK,),
+    ),
+    Mutant(
+        "a part of a run is taken for all of it", _ANSWERS, QUICK_C,
+        (("RWF_NOWAIT) != (ssize_t)size)", "RWF_NOWAIT) < 0)"),), (QUICK,),
+    ),
+    Mutant(
+        "keys are not let go of", _ANSWERS, QUICK_C,
+        (("    forget_keys((Opener *)object);\n", ""),), (QUICK,),
+    ),
+    Mutant(
+        "a request of another length is answered", _WAITS, DEVICE_C,
+        (("asked.length != count || ", ""),), (DEVICE,),
+    ),
+    Mutant(
+        "every request is a read", _WAITS, DEVICE_C,
+        ((" || asked.opcode != OPCODE_READ", ""),), (DEVICE,),
+    ),
+    Mutant(
+        "an offset that cannot be is answered", _WAITS, DEVICE_C,
+        ((" || asked.offset > INT64_MAX", ""),), (DEVICE,),
+    ),
+    Mutant(
+        "whatever is said is an answer", _WAITS, DEVICE_C,
+        (("found == Py_True", "found != NULL && found != Py_False"),), (DEVICE,),
+    ),
+    Mutant(
+        "what was raised is left for who comes next", _WAITS, DEVICE_C,
+        (("        Py_XDECREF(words[i]);\n    PyErr_Clear();\n",
+          "        Py_XDECREF(words[i]);\n"),),
+        (DEVICE,),
+    ),
+    Mutant(
+        "the answer's length leaves its header out", _WAITS, DEVICE_C,
+        (("(uint32_t)sizeof(header) + asked.size", "asked.size"),), (DEVICE,),
+    ),
+    Mutant(
+        "answers wait for the next request", _WAITS, DEVICE_C,
+        (("            if (flush(self) < 0)\n                return NULL;\n            if (nano",
+          "            if (nano"),),
+        (DEVICE,),
+    ),
+    Mutant(
+        "a guest that waits for each answer waits for the next request", _WAITS, DEVICE_C,
+        (("        if (is_lone && flush(self) < 0)\n            return NULL;\n", ""),), (DEVICE,),
+    ),
+    Mutant(
+        "others never run while reads come", _WAITS, DEVICE_C,
+        (("        if (++answered >= ANSWERED_MAX)\n", "        if (++answered == 0)\n"),),
+        (DEVICE,),
+    ),
+    Mutant(
+        "others are not looked at", _WAITS, DEVICE_C,
+        (("if (poll(self->others, self->other_count, 0) > 0)", "if (0)"),),
+        (DEVICE,),
+    ),
+    Mutant(
+        "runs are not counted", _WAITS, DEVICE_C,
+        (("            self->runs += self->in_a_row > 0;\n", ""),), (DEVICE,),
+    ),
+    Mutant(
+        "the twin keeps answers back for the next request", _WAITS, DEVICE_FILE,
+        (("if failed := self._outbox.flush():", "if failed := list[int]():"),), (DEVICE,),
+    ),
+    Mutant(
+        "the twin tells nobody of answers that were not taken", _WAITS, DEVICE_FILE,
+        (("                self._not_taken(failed)\n", "                pass\n"),), (DEVICE,),
+    ),
+    Mutant(
+        "the twin counts a run for each time there is none", _WAITS, DEVICE_FILE,
+        (("            self._in_a_row = 0\n            if", "            if"),), (DEVICE,),
+    ),
+    Mutant(
+        "the twin minds the others before the device", _WAITS, DEVICE_FILE,
+        (("                if any(found == self._fd for found, _ in ready):\n"
+          "                    count = self._read()\n"
+          "                elif ready:\n                    return OTHERS\n",
+          "                if ready:\n                    return OTHERS\n"),),
+        (DEVICE,),
+    ),
+    Mutant(
+        "a long read of what is newer in the cache comes from the disk", "reader.py", READER,
+        (("        if self._cache.has_newer(first, count):\n            return None\n", ""),),
+        (LONG_READS,),
+    ),
+    Mutant(
+        "a long read leaves in holes what was read before", "reader.py", READER,
+        (("            if present < count:\n                view[:] = bytes(len(view))\n", ""),),
+        (LONG_READS,),
+    ),
+    Mutant(
+        "a long read counts holes as blocks", "reader.py", READER,
+        (("                present += entries[28::ENTRY_SIZE].count(1)\n",
+          "                present += len(entries) // ENTRY_SIZE\n"),),
+        (LONG_READS,),
+    ),
+    Mutant(
+        "a long read that may not wait waits", "reader.py", READER,
+        (("read = self._read_whole if may_wait else self._storage.read_nowait",
+          "read = self._read_whole"),),
+        (LONG_READS,),
+    ),
+    Mutant(
+        "a long read goes beyond the end", "image.py", IMAGE_FILE,
+        (("        if offset + size > self.size:\n            return None\n", ""),),
+        (LONG_READS,),
+    ),
+    Mutant(
+        "what a worker fails at is not answered", _SHARES, LANE_FILE,
+        (("            self._token.run_sync_soon(self._read_anew, unique, disk, offset, size)\n",
+          "            self._is_shared = False\n"),),
+        (LANE,),
+    ),
+    Mutant(
+        "what a worker fails at is answered twice", _SHARES, LANE_FILE,
+        (("            fetch(self._there[:size], True)\n        except Exception:\n",
+          "            fetch(self._there[:size], True)\n        except Exception:\n"
+          "            self._answer(unique, self._there[:size])\n"),),
+        (LANE,),
+    ),
+    Mutant(
+        "after one that failed no worker shares any more", _SHARES, LANE_FILE,
+        (("        self._is_shared = False\n        self._start(", "        self._start("),),
+        (LANE,),
+    ),
+    Mutant(
+        "the lane and the worker read into one buffer", _SHARES, LANE_FILE,
+        (("            fetch(self._there[:size], True)\n",
+          "            self._there = self._here\n            fetch(self._there[:size], True)\n"),),
+        (LANE,),
+    ),
+    Mutant(
+        "two workers read into one buffer", _SHARES, LANE_FILE,
+        (("if not self._is_lone and not self._is_shared:", "if not self._is_lone:"),), (LANE,),
+    ),
+    Mutant(
+        "a guest that waits for each answer waits for a worker", _SHARES, LANE_FILE,
+        (("if not self._is_lone and not self._is_shared:", "if not self._is_shared:"),), (LANE,),
+    ),
+    Mutant(
+        "what the lane would have to wait for is answered", _SHARES, LANE_FILE,
+        (("            if not fetch(self._here[:size], False):\n                return False\n",
+          "            fetch(self._here[:size], False)\n"),),
+        (LANE,),
+    ),
+    Mutant(
+        "images are closed while a worker reads", _SHARES, LANE_FILE,
+        (("while self._fetcher.count or self._is_shared:", "while self._fetcher.count:"),), (LANE,),
+    ),
+    Mutant(
+        "it spins beside workers", "lane.py", LANE_FILE,
+        (("if self._due or self._disks.workers.busy_count or now >", "if self._due or now >"),),
+        (LANE,),
+    ),
+    Mutant(
+        "it spins for an idle guest", "lane.py", LANE_FILE,
+        (("busy_count or now > self._idle_from_ns:", "busy_count:"),), (LANE,),
+    ),
+)  # fmt: skip
+
 NAMED: tuple[Mutant, ...] = (
     *COMMIT, *CHECKPOINT, *WRITING, *RECOVER, *STRUCTURES, *REWRITE, *REKEYS, *LEDGERS, *NETS,
+    *READS,
 )  # fmt: skip
 
 _TRUE = "equivalent: `present` is only asked for being zero or not"

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -107,12 +108,36 @@ def run_job(room: Path, job: Job) -> Result:
         shutil.copytree(room, copy, symlinks=True)
         for path, content in job.edits:
             (copy / path).write_text(content)
+            if path.endswith(".c"):
+                build(copy, path)
         status, output = run_tests(copy, job.tests, job.seconds_max)
     seconds = time.monotonic() - began
     outcome, by = verdict(status, output)
     if outcome == SURVIVES and job.name in ACCEPTED:
         outcome, by = ACCEPTABLE, ACCEPTED[job.name]
     return Result(job.name, job.rule, outcome, by, round(seconds, 1))
+
+
+def build(tree: Path, source: str) -> None:
+    """Compile a C module anew, as pyproject.toml says.
+
+    Raises:
+        RuntimeError: it does not compile, which is no fault of the tests.
+    """
+    settings = tomllib.loads((tree / "pyproject.toml").read_text())
+    modules = settings["tool"]["setuptools"]["ext-modules"]
+    (module,) = (each for each in modules if each["sources"] == [source])
+    ask = "from sysconfig import *; print(get_path('include'), get_config_var('EXT_SUFFIX'))"
+    asked = subprocess.run([python(), "-c", ask], check=True, capture_output=True, text=True)
+    include, suffix = asked.stdout.split()
+    command = [
+        "cc", "-shared", "-fPIC", f"-I{include}", *module["extra-compile-args"], source,
+        "-o", str(Path(source).with_suffix("")) + suffix,
+        *(f"-l{name}" for name in module.get("libraries", ())),
+    ]  # fmt: skip
+    built = subprocess.run(command, cwd=tree, check=False, capture_output=True, text=True)
+    if built.returncode:
+        raise RuntimeError(f"{source} does not compile:\n{built.stderr[-2000:]}")
 
 
 def python() -> str:

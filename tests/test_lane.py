@@ -158,18 +158,20 @@ async def rig(image: Image) -> AsyncIterator[Rig]:
     relay = Relay(device.fileno())
     pyfuse3 = trio.socket.from_stdlib_socket(socket.socket(fileno=relay.hand_over()))
     lane = Lane(device.fileno(), relay=relay, handles=handles, disks=disks, failures=failures)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(workers.collect)
-        await nursery.start(disks.run)
-        disk = await disks.acquire((1, 2), Path("/disk.sealed"))
-        assert handles.add(disk, 7, os.O_RDWR) == 1
-        assert handles.add(disk, 7, os.O_RDONLY) == 2
-        assert handles.add(disk, 7, os.O_RDWR | os.O_SYNC) == 3
-        await nursery.start(relay.run)
-        made = Rig(image, lane, handles, trio.socket.from_stdlib_socket(kernel), pyfuse3)
-        nursery.start_soon(made.serve)
-        yield made
-        nursery.cancel_scope.cancel()
+    async with trio.open_nursery() as outer:
+        outer.start_soon(workers.collect)  # to the end: what waits for a worker cannot be cancelled
+        async with trio.open_nursery() as nursery:
+            await nursery.start(disks.run)
+            disk = await disks.acquire((1, 2), Path("/disk.sealed"))
+            assert handles.add(disk, 7, os.O_RDWR) == 1
+            assert handles.add(disk, 7, os.O_RDONLY) == 2
+            assert handles.add(disk, 7, os.O_RDWR | os.O_SYNC) == 3
+            await nursery.start(relay.run)
+            made = Rig(image, lane, handles, trio.socket.from_stdlib_socket(kernel), pyfuse3)
+            nursery.start_soon(made.serve)
+            yield made
+            nursery.cancel_scope.cancel()
+        outer.cancel_scope.cancel()
     relay.close()
     workers.close()
     for end in (kernel, device, pyfuse3):
@@ -374,7 +376,7 @@ def test_answers_expected_are_bounded_by_the_buffer() -> None:
         await trio.sleep(0.2)
         asked = 0
         room = 1 << 23
-        seen = []
+        seen: list[int] = []
         while len(seen) < 40:
             waiting = []
             with trio.move_on_after(0.05):
