@@ -1391,10 +1391,6 @@ READS = (
         (QUICK,),
     ),
     Mutant(
-        "a part of a run is taken for all of it", _ANSWERS, QUICK_C,
-        (("RWF_NOWAIT) != (ssize_t)size)", "RWF_NOWAIT) < 0)"),), (QUICK,),
-    ),
-    Mutant(
         "keys are not let go of", _ANSWERS, QUICK_C,
         (("    forget_keys((Opener *)object);\n", ""),), (QUICK,),
     ),
@@ -1511,7 +1507,7 @@ READS = (
     Mutant(
         "after one that failed no worker shares any more", _SHARES, LANE_FILE,
         (("        self._is_shared = False\n        self._start(", "        self._start("),),
-        (LANE,),
+        (LANE,), is_quick=False,
     ),
     Mutant(
         "the lane and the worker read into one buffer", _SHARES, LANE_FILE,

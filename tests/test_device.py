@@ -515,6 +515,15 @@ def test_the_longest_time_is_no_overflow(kind: Kind) -> None:
 # With an image.
 
 
+def served(ends: Ends, nanoseconds: int, *, is_lone: bool = False) -> list[bytes]:
+    """Have all that was asked answered; a request for a page that is busy is asked again."""
+    while (count := ends.next(nanoseconds, is_lone)) >= 0:
+        ends.ask(ends.buffer[:count])
+        time.sleep(0.01)
+    assert count == IDLE
+    return ends.answers()
+
+
 def test_a_guest_that_reads_at_random_gets_each_block(quick_ends: Ends, image: SealedImage) -> None:
     rng, wanted = random.Random(3), {}
     quick_ends.handles[1] = SimpleNamespace(quick=image.quick())
@@ -525,18 +534,14 @@ def test_a_guest_that_reads_at_random_gets_each_block(quick_ends: Ends, image: S
             count = 1
         wanted[unique] = contents_of(block, count)
         quick_ends.ask(read_request(1, block * PAGE, count * PAGE, unique=unique))
-        if rng.random() < 0.3 or count == 32:  # more is not taken by a socket
-            assert quick_ends.next(A_MOMENT, is_lone=rng.random() < 0.5) == IDLE
-            for answer in quick_ends.answers():
+        if unique == 399 or rng.random() < 0.3 or count == 32:  # more is not taken by a socket
+            for answer in served(quick_ends, A_MOMENT, is_lone=rng.random() < 0.5):
                 length, code, number = OUT_HEADER.unpack_from(answer)
                 assert (length, code) == (len(answer), 0)
                 assert answer[OUT_HEADER.size :] == wanted.pop(number)
-    assert quick_ends.next(0) == IDLE
-    for answer in quick_ends.answers():
-        assert answer[OUT_HEADER.size :] == wanted.pop(OUT_HEADER.unpack_from(answer)[2])
     assert not wanted
     assert quick_ends.failed == []
-    assert quick_ends.device.answered == quick_ends.device.requests == 400
+    assert quick_ends.device.answered == 400
 
 
 def test_what_the_image_cannot_answer_is_handed_on(quick_ends: Ends, image: SealedImage) -> None:
@@ -554,8 +559,7 @@ def test_what_the_image_cannot_answer_is_handed_on(quick_ends: Ends, image: Seal
         assert quick_ends.counts == (number + 1, 0, 0)
     assert quick_ends.box.count == 0
     quick_ends.ask(read_request(1, 80 * PAGE, PAGE))
-    assert quick_ends.next() == IDLE
-    assert quick_ends.answers() == [
+    assert served(quick_ends, 0) == [
         protocol.OUT_HEADER.pack(16 + PAGE, 0, 7) + content_of(80)
     ]  # fmt: skip
     image.abandon()

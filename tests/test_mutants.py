@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -14,6 +15,12 @@ import pytest
 from mutants import ACCEPTED, DRAWN_TESTS, NAMED, Mutant, StaleMutant
 from mutants_drawn import FILES, draw, mutated, sites_of
 from mutants_run import CAUGHT, ROOT, SURVIVES, named_jobs, run_job, snapshot, verdict
+
+try:
+    from sealfs.image import _blockread
+    from sealfs.mount import _device
+except ImportError:  # not built here: their mutants neither
+    _blockread = _device = None  # type: ignore[assignment]
 
 ROOM = ROOT / "sealfs" / "image"
 OF_THE_DAY = 6
@@ -28,7 +35,8 @@ def sites() -> Iterator[str]:
 def test_a_named_mutant_fits_the_source(mutant: Mutant) -> None:
     for path, content in mutant.applied(ROOT).items():
         assert content != (ROOT / path).read_text()
-        ast.parse(content)
+        if path.endswith(".py"):
+            ast.parse(content)
 
 
 def test_a_mutant_that_does_not_fit_is_an_error() -> None:
@@ -124,6 +132,8 @@ def test_six_mutants_of_the_day_are_caught(
 ) -> None:
     day = date.today().isoformat()
     quick = [mutant for mutant in NAMED if mutant.is_quick and mutant.name not in ACCEPTED]
+    if _blockread is None or _device is None or shutil.which("cc") is None:
+        quick = [mutant for mutant in quick if not mutant.path.endswith(".c")]
     chosen = random.Random(day).sample(quick, OF_THE_DAY)
     room = snapshot(tmp_path)
     with ThreadPoolExecutor(2) as pool:
