@@ -84,29 +84,30 @@ def replay(text: str, directory: Path) -> str:
     if FRESH not in text.splitlines():
         shutil.copytree(prepared_host(), directory, dirs_exist_ok=True)
     lines = []
-    for line in text.splitlines():
-        if line.startswith(("#", "$")) or not line.strip():
-            lines.append(line)
-        if line.startswith("$ "):
-            lines += run(line[2:], directory)
+    # One for all lines: the daemon that a line waits for may have been started by another.
+    with tempfile.TemporaryDirectory(prefix="sealfs-stacks-") as stacks:
+        for line in text.splitlines():
+            if line.startswith(("#", "$")) or not line.strip():
+                lines.append(line)
+            if line.startswith("$ "):
+                lines += run(line[2:], directory, Path(stacks))
     return "\n".join(lines) + "\n"
 
 
-def run(command: str, directory: Path) -> list[str]:
-    with tempfile.TemporaryDirectory(prefix="sealfs-stacks-") as stacks:
-        try:
-            done = subprocess.run(
-                ["bash", "-c", command],
-                cwd=directory,
-                env=environment(Path(stacks)),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=COMMAND_WAIT,
-            )
-        except subprocess.TimeoutExpired as exc:
-            found = f"{exc.stdout!r}, {exc.stderr!r}\n{standing(Path(stacks))}"
-            raise AssertionError(f"{command}: hangs; so far it said {found}") from None
+def run(command: str, directory: Path, stacks: Path) -> list[str]:
+    try:
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=directory,
+            env=environment(stacks),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_WAIT,
+        )
+    except subprocess.TimeoutExpired as exc:
+        found = f"{exc.stdout!r}, {exc.stderr!r}\n{standing(stacks)}"
+        raise AssertionError(f"{command}: hangs; so far it said {found}") from None
     lines = [f"| {normal(line, directory)}" for line in done.stdout.splitlines()]
     lines += [f"! {normal(line, directory)}" for line in done.stderr.splitlines()]
     if done.returncode:

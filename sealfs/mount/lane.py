@@ -7,7 +7,8 @@ what cannot be parsed goes on to pyfuse3. Knows images only through `Disk` and `
 Concurrency: one task, `run`, reads the device and never waits for a disk: it answers at once what
 `try_read` and `try_write` can, and starts a task for whatever would wait. The receive buffer
 belongs to `run` and is overwritten by the next read, so data for a task is copied. Answers are
-written by `run` and by the tasks; each write to the device is one whole answer. `run` lets the
+written by `run`, by the tasks, and by the one worker that shares in long reads (`_there` is its
+buffer while `_is_shared`); each write to the device is one whole answer. `run` lets the
 other tasks of the mount run every `YIELD_EVERY` requests, and at once when it started one.
 """
 
