@@ -214,6 +214,9 @@ class FakeImage:
 
         return fetch
 
+    def taker(self) -> None:
+        return None
+
     def quick(self) -> FakeImage:
         return self
 

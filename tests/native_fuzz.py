@@ -179,7 +179,7 @@ class Fuzz:
         handles: dict[int, Any] = {1: SimpleNamespace(quick=quick)}
         device = self.call(
             "Device", _device.Device, self.device.fileno(), bytearray(PAGE), (self.null,), handles,
-            box, lambda codes: None,
+            box, lambda codes: None, owner,
         )  # fmt: skip
         if quick is None or device is None:
             return

@@ -35,6 +35,7 @@ from sealfs.mount.protocol import IN_HEADER, OUT_HEADER, READ_IN, Opcode
 _device = pytest.importorskip("sealfs.mount._device", reason="tools/setup builds it")
 
 SOON = 0.05
+CACHE = SimpleNamespace(view=memoryview(b""), free=[])
 LONG = 10**10
 A_MOMENT = 3_000_000
 ANSWERED_MAX = 64
@@ -55,7 +56,13 @@ class Ends:
         self.failed: list[list[int]] = []
         self.box = outbox(self.own.fileno())
         self.device = kind(
-            self.own.fileno(), self.buffer, others, self.handles, self.box, self.failed.append
+            self.own.fileno(),
+            self.buffer,
+            others,
+            self.handles,
+            self.box,
+            self.failed.append,
+            CACHE,
         )
 
     def next(self, nanoseconds: int = 0, is_lone: bool = False) -> int:
@@ -200,7 +207,7 @@ def test_a_read_that_fails_is_an_error(ends: Ends, nanoseconds: int) -> None:
 
 def test_what_fails_or_ends_while_it_spins_is_told(kind: Kind) -> None:
     waiting, writing = os.pipe2(os.O_NONBLOCK)
-    device = kind(waiting, mmap.mmap(-1, PAGE), (), {}, outbox(-1), print)
+    device = kind(waiting, mmap.mmap(-1, PAGE), (), {}, outbox(-1), print, CACHE)
     threading.Timer(SOON, os.close, (waiting,)).start()
     with pytest.raises(OSError, match="Bad file descriptor"):
         device.next(LONG, False)
@@ -240,7 +247,7 @@ def test_answers_that_are_not_taken_are_told_of_at_once(kind: Kind) -> None:
     waiting, writing = os.pipe2(os.O_NONBLOCK)
     box = outbox(ours.fileno())
     failed: list[list[int]] = []
-    device = kind(waiting, mmap.mmap(-1, PAGE), (), {}, box, failed.append)
+    device = kind(waiting, mmap.mmap(-1, PAGE), (), {}, box, failed.append, CACHE)
     theirs.close()
     for nanoseconds in (0, A_MOMENT):
         box.put(b"head", b"1")
@@ -264,9 +271,9 @@ def test_what_is_raised_by_who_is_told_is_raised(kind: Kind) -> None:
     waiting, writing = os.pipe2(os.O_NONBLOCK)
     box = SimpleNamespace(flush=lambda: [errno.EIO])
     with pytest.raises(RuntimeError, match=r"told of \[5\]"):
-        kind(waiting, mmap.mmap(-1, PAGE), (), {}, box, not_taken).next(0, False)
+        kind(waiting, mmap.mmap(-1, PAGE), (), {}, box, not_taken, CACHE).next(0, False)
     with pytest.raises(RuntimeError, match="does not flush"):
-        kind(waiting, mmap.mmap(-1, PAGE), (), {}, Refusing(), not_taken).next(0, False)
+        kind(waiting, mmap.mmap(-1, PAGE), (), {}, Refusing(), not_taken, CACHE).next(0, False)
     for fd in (waiting, writing):
         os.close(fd)
 
@@ -350,7 +357,8 @@ def test_who_is_told_while_it_answers_may_raise(quick_ends: Ends) -> None:
 
     box = SimpleNamespace(flush=lambda: [errno.EIO], put=lambda header, content: None)
     handles = {5: SimpleNamespace(quick=Quick())}
-    device = _device.Device(quick_ends.own.fileno(), quick_ends.buffer, (), handles, box, not_taken)
+    own, buffer = quick_ends.own.fileno(), quick_ends.buffer
+    device = _device.Device(own, buffer, (), handles, box, not_taken, CACHE)
     quick_ends.ask(read_request(5, 0, PAGE))
     with pytest.raises(RuntimeError, match="told"):
         device.next(LONG, True)
@@ -459,7 +467,7 @@ def test_what_it_refers_to_is_held_and_let_go_of() -> None:
     waiting, writing = os.pipe2(os.O_NONBLOCK)
     box = SimpleNamespace(flush=list)
     handles = {5: handle}
-    handle.device = _device.Device(waiting, mmap.mmap(-1, PAGE), (), handles, box, print)
+    handle.device = _device.Device(waiting, mmap.mmap(-1, PAGE), (), handles, box, print, CACHE)
     assert handle.device.next(0, False) == IDLE
     gone = weakref.ref(handle)
     del handle, handles
@@ -477,19 +485,19 @@ def test_the_buffer_stays_mapped(quick_ends: Ends) -> None:
 def test_sizes_that_do_not_fit_are_refused(quick_ends: Ends) -> None:
     fd, buffer = quick_ends.own.fileno(), bytearray(80)
     make = _device.Device
-    make(fd, buffer, (fd,) * 8, {}, None, print)
+    make(fd, buffer, (fd,) * 8, {}, None, print, CACHE)
     with pytest.raises(ValueError, match="sizes do not fit"):
-        make(fd, buffer, (fd,) * 9, {}, None, print)
+        make(fd, buffer, (fd,) * 9, {}, None, print, CACHE)
     with pytest.raises(ValueError, match="sizes do not fit"):
-        make(fd, bytearray(79), (), {}, None, print)
+        make(fd, bytearray(79), (), {}, None, print, CACHE)
     buffer.append(0)  # whoever was refused holds it no longer
     wrongs: tuple[tuple[Any, ...], ...] = (
-        (fd, b"x" * 80, (), {}, None, print),
-        (fd, buffer, [], {}, None, print),
-        (fd, buffer, (), [], None, print),
-        (fd, buffer, ("x",), {}, None, print),
-        (fd, buffer, (), {}, None),
-        ("x", buffer, (), {}, None, print),
+        (fd, b"x" * 80, (), {}, None, print, CACHE),
+        (fd, buffer, [], {}, None, print, CACHE),
+        (fd, buffer, (), [], None, print, CACHE),
+        (fd, buffer, ("x",), {}, None, print, CACHE),
+        (fd, buffer, (), {}, None, print),
+        ("x", buffer, (), {}, None, print, CACHE),
     )
     for wrong in wrongs:
         with pytest.raises((TypeError, BufferError)):

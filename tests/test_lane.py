@@ -148,7 +148,7 @@ async def rig(image: Image) -> AsyncIterator[Rig]:
     device.setblocking(False)
     device.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)  # for a long answer
     workers, handles, failures = Workers(2), Handles(), Failures()
-    cache: Any = SimpleNamespace(dirty_max=1 << 20, dirty_size=0, free_count=0)
+    cache: Any = SimpleNamespace(dirty_max=1 << 20, dirty_size=0, free_count=0, view=b"", free=[])
     opener: Any = SimpleNamespace(
         open=lambda path: (image, "vm", -1, None),
         note=lambda images: None,

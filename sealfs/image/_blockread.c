@@ -18,6 +18,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "_state.h"
+
 #define BLOCK_SIZE 4096
 #define ENTRY_SIZE 32 /* epoch (4), counter (8), tag (16), flags (4); FORMAT.md 6.1 */
 #define NONCE_SIZE 12
@@ -448,7 +450,7 @@ typedef struct {
 
 #define UNSURE -2 /* as in reader.py */
 
-static PyObject *name_size, *name_inline, *name_dirty, *name_committing, *name_present, *name_slots,
+static PyObject *name_size, *name_inline, *name_dirty, *name_committing,
     *name_move_to_end, *name_put_clean, *name_hits;
 
 static int quick_clear(Quick *self)
@@ -556,16 +558,6 @@ static int has_any_of(PyObject *owner, PyObject *name, unsigned long long first,
     return found;
 }
 
-/* Returns what a dictionary has under a number, borrowed; NULL without an exception where nothing. */
-static PyObject *at_number(PyObject *dict, unsigned long long number)
-{
-    PyObject *key = PyLong_FromUnsignedLongLong(number), *found = NULL;
-    if (key != NULL)
-        found = PyDict_GetItemWithError(dict, key);
-    Py_XDECREF(key);
-    return found;
-}
-
 /* Answer with a block of the plaintext cache: 1, 0 where it has none, -1 with an exception set. */
 static int answer_clean(Quick *self, unsigned long long block, Outbox *outbox,
                         const Py_buffer *header)
@@ -608,39 +600,6 @@ end:
     return status;
 }
 
-/* Where a group's slot is: 1 and its number, 0 where the group has none, -1 with an exception. */
-static int find_slot(Quick *self, unsigned long long group, uint32_t *slot)
-{
-    Py_buffer present = {0}, slots = {0};
-    size_t i = group % self->fanout;
-    int status = -1;
-    PyObject *node = Py_XNewRef(at_number(self->nodes, group / self->fanout));
-    if (node == NULL)
-        return PyErr_Occurred() ? -1 : 0;
-    PyObject *flags = PyObject_GetAttr(node, name_present), *numbers = NULL;
-    if (flags == NULL || PyObject_GetBuffer(flags, &present, PyBUF_SIMPLE) < 0)
-        goto end;
-    if (i >= (size_t)present.len || !((unsigned char *)present.buf)[i]) {
-        status = 0;
-        goto end;
-    }
-    numbers = PyObject_GetAttr(node, name_slots);
-    if (numbers == NULL || PyObject_GetBuffer(numbers, &slots, PyBUF_SIMPLE) < 0)
-        goto end;
-    if ((i + 1) * sizeof(*slot) <= (size_t)slots.len) {
-        memcpy(slot, (char *)slots.buf + i * sizeof(*slot), sizeof(*slot));
-        status = 1;
-    } else
-        status = 0;
-end:
-    PyBuffer_Release(&slots);
-    PyBuffer_Release(&present);
-    Py_XDECREF(numbers);
-    Py_XDECREF(flags);
-    Py_DECREF(node);
-    return status;
-}
-
 /* As `quick_answer`: 1, 0 or -1 with an exception set. */
 static int answer(Quick *self, unsigned long long offset, unsigned long long size, Outbox *outbox,
                   const Py_buffer *header)
@@ -679,7 +638,7 @@ static int answer(Quick *self, unsigned long long offset, unsigned long long siz
     if (is_away)
         return is_away < 0 ? -1 : 0;
     uint32_t slot;
-    int status = find_slot(self, group, &slot);
+    int status = find_slot(self->nodes, self->fanout, group, &slot);
     if (status <= 0)
         return status;
     PyObject *page = at_number(self->leaves, group);
@@ -768,17 +727,12 @@ static PyType_Spec quick_spec = {
 
 static int intern_names(void)
 {
-    static const struct { PyObject **place; const char *name; } names[] = {
+    static const Name names[] = {
         {&name_size, "size"}, {&name_inline, "inline"}, {&name_dirty, "dirty"},
-        {&name_committing, "committing"}, {&name_present, "present"}, {&name_slots, "slots"},
-        {&name_move_to_end, "move_to_end"}, {&name_put_clean, "put_clean"}, {&name_hits, "hits"},
+        {&name_committing, "committing"}, {&name_move_to_end, "move_to_end"},
+        {&name_put_clean, "put_clean"}, {&name_hits, "hits"},
     };
-    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
-        *names[i].place = PyUnicode_InternFromString(names[i].name);
-        if (*names[i].place == NULL)
-            return -1;
-    }
-    return 0;
+    return intern_all(names, sizeof(names) / sizeof(names[0]));
 }
 
 static struct PyModuleDef module = {
@@ -794,6 +748,7 @@ PyMODINIT_FUNC PyInit__blockread(void)
     PyObject *opener = PyType_FromSpec(&opener_spec), *outbox = PyType_FromSpec(&outbox_spec);
     PyObject *quick = PyType_FromSpec(&quick_spec);
     if (self == NULL || opener == NULL || outbox == NULL || quick == NULL || intern_names() < 0 ||
+        intern_state_names() < 0 ||
         PyModule_AddObjectRef(self, "Opener", opener) < 0 ||
         PyModule_AddObjectRef(self, "Outbox", outbox) < 0 ||
         PyModule_AddObjectRef(self, "Quick", quick) < 0)

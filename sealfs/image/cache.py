@@ -43,21 +43,25 @@ class BlockCache:
         """Clean blocks of all images, the one used longest ago first."""
         self._slab: mmap.mmap | None = None
         self.view = memoryview(b"")
-        self._free = list(range(self.dirty_max // BLOCK_SIZE - 1, -1, -1))
+        self.free = list(range(self.dirty_max // BLOCK_SIZE - 1, -1, -1))
+        """Frames that can be taken, the next one last."""
+        self._few = self.dirty_max // BLOCK_SIZE // 2
         self._image_count = 0
         self.on_room: Callable[[], None] = lambda: None
         """Called when frames were given back."""
+        self.on_low: Callable[[], None] = lambda: None
+        """Called when blocks became dirty, and fewer than half of the frames are free."""
         self.hits = 0
 
     @property
     def dirty_size(self) -> int:
         """Bytes in dirty frames, those under commit included."""
-        return self.dirty_max - len(self._free) * BLOCK_SIZE
+        return self.dirty_max - len(self.free) * BLOCK_SIZE
 
     @property
     def free_count(self) -> int:
         """Frames that can be taken."""
-        return len(self._free)
+        return len(self.free)
 
     @property
     def clean_size(self) -> int:
@@ -77,21 +81,26 @@ class BlockCache:
 
     def take_frames(self, count: int) -> list[int]:
         """Take `count` frames; that many must be free."""
-        frames = self._free[-count:]
-        del self._free[-count:]
+        frames = self.free[-count:]
+        del self.free[-count:]
         frames.reverse()
         return frames
 
     def take_frame(self) -> int:
         """Take one frame; -1 where there is none."""
-        return self._free.pop() if self._free else -1
+        return self.free.pop() if self.free else -1
 
     def give_frames(self, frames: Sequence[int]) -> None:
         """Give frames back."""
-        self._free.extend(frames)
+        self.free.extend(frames)
         self.on_room()
         if len(frames) >= _SORT_COUNT_MIN:
-            self._free.sort(reverse=True)
+            self.free.sort(reverse=True)
+
+    def look(self) -> None:
+        """Have it said when few frames are free."""
+        if len(self.free) < self._few:
+            self.on_low()
 
     def drop_clean(self, first: int, count: int) -> None:
         """Forget a run of clean blocks."""
@@ -179,6 +188,7 @@ class ImageCache:
         at = frame * BLOCK_SIZE
         self.shared.view[at : at + BLOCK_SIZE] = content
         self._clean.pop(self.base + block, None)
+        self.shared.look()
         return True
 
     def put(self, first: int, content: Buffer) -> None:
@@ -203,6 +213,7 @@ class ImageCache:
                 at = frame * BLOCK_SIZE
                 view[at : at + BLOCK_SIZE] = content[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
         self.shared.drop_clean(self.base + first, count)
+        self.shared.look()
 
     def begin_commit(self, blocks: Sequence[int] | None = None) -> None:
         """Hand dirty blocks (all, or these) to the commit that is beginning."""

@@ -42,6 +42,11 @@ from sealfs.image.sweep import PART_BLOCKS_MAX, Sweep, Swept
 from sealfs.image.tree import NO_SLOT
 from sealfs.image.volume import FREED_SLOTS_MAX, Volume
 
+try:
+    from sealfs.image._blocktake import Taker
+except ImportError:  # it could not be built here; `try_write` does the same
+    Taker = None  # type: ignore[assignment, misc]
+
 if TYPE_CHECKING:
     from sealfs.image._blockread import Quick
 
@@ -349,6 +354,22 @@ class SealedImage:
             return False
         self.size = max(self.size, end)
         return True
+
+    def taker(self) -> Taker | None:
+        """Return what accepts the usual write in one call; None where that was not built.
+
+        As `try_write`; where that does not return True at once it does nothing and says so.
+        """
+        if Taker is None:
+            return None
+        cache, shared, space = self._cache, self._cache.shared, self._volume.space
+        return Taker(
+            image=self, check=self._check_writable, cache=cache, shared=shared, clean=shared.clean,
+            free=shared.free, nodes=self._tree.nodes[1], leaves=self._tree.leaves, space=space,
+            reader=self._reader, slab=cache.slab, base=cache.base,
+            group_blocks=self._geometry.group_blocks, fanout=self._geometry.fanout,
+            part_blocks=space.part_blocks,
+        )  # fmt: skip
 
     def _accept_quickly(self, first: int, data: Buffer) -> bool:
         """Make whole blocks dirty; False where that is not as simple as it mostly is."""

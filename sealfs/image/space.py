@@ -33,20 +33,23 @@ class Space:
         """Whether the space of a group's holes is about to be used: they are not punched now."""
         self.leaving: set[int] = set()
         """Groups that the record being written takes the slot from."""
+        self.punching: set[int] = set()
+        """Groups of which blocks are being given back."""
+        self.is_cutting = False
+        """Whether the end of the file is being given back."""
+        self.parts = bytearray(allocator.slot_count)
+        """By slot: which of its eighths have their space, a bit each."""
+        self.part_blocks = max(1, geometry.group_blocks // SPACE_PARTS)
         self._storage = storage
         self._geometry = geometry
         self._allocator = allocator
         self._tree = tree
-        self._part = max(1, geometry.group_blocks // SPACE_PARTS)
         self._file_slots = allocator.slot_count
-        self._parts = bytearray(allocator.slot_count)
         self._chunks = list(tree.chunks())
         self._has_headers = False
         self._holes: list[tuple[int, int, int]] = []
         self._given_up: set[int] = set()
         self._is_cut = False
-        self._cutting = False
-        self._punching: set[int] = set()
 
     def reserve(self, slot: int, index: int, count: int) -> None:
         """Have space in the file system for blocks of a slot, and for its leaf pages.
@@ -54,12 +57,12 @@ class Space:
         Raises:
             NoSpace: there is none.
         """
-        if slot >= len(self._parts):
-            self._parts.extend(bytes(slot + 1 - len(self._parts)))
-        part = self._part
+        if slot >= len(self.parts):
+            self.parts.extend(bytes(slot + 1 - len(self.parts)))
+        part = self.part_blocks
         first, last = index // part, (index + count - 1) // part
         wanted = (1 << last + 1) - (1 << first)
-        have = self._parts[slot]
+        have = self.parts[slot]
         if wanted & ~have == 0:
             return
         start = self._geometry.block_offset(slot, first * part)
@@ -70,14 +73,14 @@ class Space:
             else:
                 self._storage.allocate(self._geometry.slot_offset(slot), 2 * BLOCK_SIZE)
         self._storage.allocate(start, end - start)
-        self._parts[slot] = have | wanted
+        self.parts[slot] = have | wanted
 
     def has(self, slot: int, index: int, count: int) -> bool:
         """Whether blocks of a slot have their space in the file system, without asking for it."""
-        if slot >= len(self._parts):
+        if slot >= len(self.parts):
             return False
-        first, last = index // self._part, (index + count - 1) // self._part
-        return not ((1 << last + 1) - (1 << first)) & ~self._parts[slot]
+        first, last = index // self.part_blocks, (index + count - 1) // self.part_blocks
+        return not ((1 << last + 1) - (1 << first)) & ~self.parts[slot]
 
     def reserve_metadata(self) -> None:
         """Have space for headers, journal and all node pages, before a session's first change.
@@ -96,12 +99,12 @@ class Space:
 
     def reserve_leaf(self, slot: int) -> None:
         """Have space for both places of a slot's leaf page; raises NoSpace."""
-        if slot >= len(self._parts) or not self._parts[slot]:
+        if slot >= len(self.parts) or not self.parts[slot]:
             self._storage.allocate(self._geometry.slot_offset(slot), 2 * BLOCK_SIZE)
 
     def is_reclaiming(self, group: int) -> bool:
         """Whether space of a group is being given back: no write may reserve it now."""
-        return self._cutting or group in self._punching or group in self.leaving
+        return self.is_cutting or group in self.punching or group in self.leaving
 
     def reserve_nodes(self, count: int) -> None:
         """Have room, on the disk, for that many new node pages at the next checkpoint.
@@ -168,7 +171,7 @@ class Space:
                 offset = geometry.block_offset(slot, index + first)
                 plan.append((Step.PUNCH, offset, run * BLOCK_SIZE))
             self._forget(slot)
-            self._punching.add(group)
+            self.punching.add(group)
         self._holes = later
         released = self._allocator.freed()
         for slot in self._given_up.intersection(released):
@@ -177,27 +180,27 @@ class Space:
         self._given_up.difference_update(released)
         if plan:
             yield lambda: execute(self._storage, plan)
-        self._punching.clear()
+        self.punching.clear()
         self._allocator.release()
         if self._is_cut or clean:
             self._is_cut = False
             self._file_slots = self._allocator.trim()
-            del self._parts[self._file_slots :]
+            del self.parts[self._file_slots :]
             end = geometry.slot_offset(self._file_slots)
-            self._cutting = True  # space reserved past the end would go with it
+            self.is_cutting = True  # space reserved past the end would go with it
             yield lambda: execute(self._storage, [(Step.TRUNCATE, end)])
-            self._cutting = False
+            self.is_cutting = False
         if clean:
             yield self._punch_free
 
     def _punch_free(self) -> None:
         """Give back the space of slots that became free in this session."""
-        free = [s for s in self._allocator.free_slots() if s < len(self._parts) and self._parts[s]]
+        free = [s for s in self._allocator.free_slots() if s < len(self.parts) and self.parts[s]]
         size = self._geometry.slot_size
         execute(
             self._storage, [(Step.PUNCH, self._geometry.slot_offset(slot), size) for slot in free]
         )
 
     def _forget(self, slot: int) -> None:
-        if slot < len(self._parts):
-            self._parts[slot] = 0
+        if slot < len(self.parts):
+            self.parts[slot] = 0

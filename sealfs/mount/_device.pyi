@@ -7,6 +7,7 @@ class Device:
     requests: int
     runs: int
     answered: int
+    taken: int
     missing: int
     def __new__(
         cls,
@@ -16,6 +17,7 @@ class Device:
         handles: Mapping[int, object],
         outbox: Outbox,
         not_taken: Callable[[list[int]], None],
+        shared: object,
         /,
     ) -> Device: ...
     def next(self, nanoseconds: int, is_lone: bool, /) -> int: ...

@@ -20,10 +20,10 @@ class PlainDevice:
 
     def __init__(
         self, fd: int, buffer: mmap, others: tuple[int, ...], handles: Mapping[int, object],
-        outbox: Outbox, not_taken: Callable[[list[int]], None],
+        outbox: Outbox, not_taken: Callable[[list[int]], None], shared: object,
     ) -> None:  # fmt: skip
-        """As the other one, which answers reads by the `handles` besides."""
-        self.requests = self.runs = self.answered = 0
+        """As the other one, which answers reads and writes by the `handles` besides."""
+        self.requests = self.runs = self.answered = self.taken = 0
         self.missing = UNSURE
         self._in_a_row = 0
         self._fd = fd

@@ -70,6 +70,7 @@ class Disks:
         self._waiting = 0
         self._room = trio.Event()
         cache.on_room = self._announce_room
+        cache.on_low = self._flush_behind
 
     def find(self, key: FileKey) -> Disk | None:
         """Return the disk of a sealed file if its image is open and stays so for now."""
@@ -143,13 +144,12 @@ class Disks:
                 await disk.flush()
             else:
                 await self._make_room()
-        self.wrote()
         if durable:
             await disk.flush()
 
-    def wrote(self) -> None:
-        """Note that a write was accepted: over half of the cache dirty, flush behind it."""
-        if self.cache.dirty_size > self._dirty_half and not self._relieving:
+    def _flush_behind(self) -> None:
+        """Over half of the cache is dirty: flush behind the writers."""
+        if not self._relieving:
             self._relieving = True
             self.start(self._relieve)
 

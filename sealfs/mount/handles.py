@@ -16,6 +16,7 @@ from sealfs.mount.disk import Disk
 
 if TYPE_CHECKING:
     from sealfs.image._blockread import Quick
+    from sealfs.image._blocktake import Taker
 
 SYNC_FLAGS = os.O_DSYNC  # O_SYNC contains it on Linux
 
@@ -31,6 +32,8 @@ class Handle:
     is_direct: bool
     quick: Quick | None
     """Answers reads that need nothing but memory (`SealedImage.quick`)."""
+    taker: Taker | None
+    """Accepts writes that need nothing but memory and are not to be durable at once."""
 
 
 class Handles:
@@ -46,13 +49,16 @@ class Handles:
         self._next += 1
         is_direct = bool(flags & os.O_DIRECT)
         disk.buffered_handles += not is_direct
+        is_writable = (flags & os.O_ACCMODE) != os.O_RDONLY
+        is_synchronous = bool(flags & SYNC_FLAGS)
         self.by_number[number] = Handle(
             disk=disk,
             inode=inode,
-            is_writable=(flags & os.O_ACCMODE) != os.O_RDONLY,
-            is_synchronous=bool(flags & SYNC_FLAGS),
+            is_writable=is_writable,
+            is_synchronous=is_synchronous,
             is_direct=is_direct,
             quick=disk.opened.quick(),
+            taker=disk.opened.taker() if is_writable and not is_synchronous else None,
         )
         return number
 

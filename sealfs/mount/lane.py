@@ -119,7 +119,13 @@ class Lane:
         """Reads that wait for the disk: (unique, handle, offset, size, tries)."""
         others = (self._fetcher.fileno(), relay.fileno(), disks.workers.wake_fd)
         self._device = Device(
-            device_fd, self._buffer, others, handles.by_number, self._outbox, _none_taken
+            device_fd,
+            self._buffer,
+            others,
+            handles.by_number,
+            self._outbox,
+            _none_taken,
+            disks.cache,
         )
         self._either = select.epoll(sizehint=2)  # what trio waits for: the device or the fetcher
         for fd in (device_fd, self._fetcher.fileno()):
@@ -129,7 +135,9 @@ class Lane:
     @property
     def served(self) -> dict[str, int]:
         """How many requests of each kind there were, since the mount."""
-        return {**self._served, "read": self._served["read"] + self._device.answered}
+        read, written = self._device.answered, self._device.taken
+        served = self._served
+        return {**served, "read": served["read"] + read, "write": served["write"] + written}
 
     async def run(self) -> None:
         """Serve until the file system is unmounted."""
@@ -369,7 +377,6 @@ class Lane:
                 copy = bytearray(data)
                 self._start(unique, disk, self._write_slowly, disk, offset, copy, durable)
                 return
-            self._disks.wrote()
             if not durable:
                 self._outbox.put(WRITE_OUT.pack(WRITE_OUT.size, 0, unique, size, 0), b"")
                 if self._is_lone:
@@ -393,10 +400,8 @@ class Lane:
         """
         if data is not None:
             await self._disks.write(handle.disk, offset, data, durable=durable)
-        else:
-            self._disks.wrote()
-            if durable:
-                await handle.disk.flush()
+        elif durable:
+            await handle.disk.flush()
         await drop_pages(self._fd, handle.inode, offset, size)
         return _written(size)
 
