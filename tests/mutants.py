@@ -166,11 +166,10 @@ COMMIT = (
     ),
     Mutant(
         "a flush is answered before it is one", "8.2 step 6", IMAGE_FILE,
-        (("        if not self.is_dirty and self.poisoned is None:\n            return\n"
-          "        self._check_flushable()\n        self.oldest_dirty = None\n",
+        (("        if not self.is_dirty and self.poisoned is None:\n"
+          "            self.oldest_dirty = None  # what",
           "        if self.poisoned is None and self.dirty_size < 3 * BLOCK_SIZE:\n"
-          "            return\n"
-          "        self._check_flushable()\n        self.oldest_dirty = None\n"),),
+          "            self.oldest_dirty = None  # what"),),
         (CUTS,),
     ),
     Mutant(

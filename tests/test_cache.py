@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
+import threading
+import time
+
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -83,6 +88,43 @@ def test_images_do_not_see_each_others_blocks_and_share_the_frames() -> None:
     assert (cache.dirty_size, cache.clean_size) == (0, 0)
     second.put(0, fill(2, 4))
     assert second.dirty_size == 4 * PAGE
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 8])
+def test_it_is_said_when_fewer_than_half_of_the_frames_are_free(frames: int) -> None:
+    cache, image = attached(dirty=frames)
+    said: list[int] = []
+    cache.on_low = lambda: said.append(cache.free_count)
+    for block in range(frames):
+        image.put(block, fill(1))
+        cache.look()
+    assert said == [free for free in range(frames, -1, -1) if free * 2 < frames]
+
+
+def test_images_opened_at_the_same_time_share_one_slab_and_no_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow = mmap.mmap
+
+    def mapped(*args: int) -> mmap.mmap:
+        time.sleep(0.01)
+        return slow(*args)
+
+    monkeypatch.setattr("sealfs.image.cache.mmap.mmap", mapped)
+    cache = BlockCache(8 * PAGE, 8 * PAGE)
+    seen: list[tuple[int, memoryview]] = []
+
+    def attach() -> None:
+        image = cache.attach()
+        seen.append((image.base, image.slab))
+
+    threads = [threading.Thread(target=attach) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({base for base, _ in seen}) == 8
+    assert len({id(slab) for _, slab in seen}) == 1
 
 
 def test_a_part_of_what_is_dirty_can_be_committed_alone() -> None:

@@ -23,11 +23,13 @@ from typing import Any
 import pytest
 import trio
 from mount_support import FakeImage
+from test_rekey import PAGE, made, opened, value
 
 from sealfs.errors import BlockDamaged, StorageFailed
 from sealfs.mount import lane as lanes
 from sealfs.mount import protocol
 from sealfs.mount.device import IDLE, PlainDevice
+from sealfs.mount.disk import Disk
 from sealfs.mount.driver import Disks
 from sealfs.mount.failures import Failures
 from sealfs.mount.handles import Handles
@@ -699,3 +701,47 @@ def test_workers_run_many_and_carry_exceptions() -> None:
         workers.close()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("why", ["it failed", "it has no name", "it fails now"])
+def test_frames_are_given_back_in_the_thread_of_the_lane(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device may be receiving into those that come next, without the interpreter."""
+    image, threads, here = opened(made()), [], threading.get_ident()
+    cache, close = image._cache.shared, image._storage.close
+    cache.on_room = lambda: threads.append(("room", threading.get_ident() == here))
+    for block in range(3):
+        assert image.try_write(block * PAGE, value(block))
+
+    def closing() -> None:
+        threads.append(("closed", threading.get_ident() == here))
+        close()
+
+    def failing(*_: object) -> Any:
+        raise StorageFailed("/disk.sealed", "no")
+        yield
+
+    monkeypatch.setattr(image._storage, "close", closing)
+
+    async def main() -> None:
+        workers = Workers(1)
+        disk = Disk((1, 2), Path("/disk.sealed"), workers)
+        disk.image = image
+        disk.is_unlinked = why == "it has no name"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(workers.collect)
+            if why == "it fails now":
+                monkeypatch.setattr(image._volume, "commit_steps", failing)
+                with pytest.raises(StorageFailed):
+                    await disk.close()
+            else:
+                image.poisoned = "it failed" if why == "it failed" else None
+                await disk.close()
+            nursery.cancel_scope.cancel()
+        workers.close()
+        assert disk.image is None
+
+    trio.run(main)
+    assert threads == [("room", True), ("closed", False)]
+    assert cache.dirty_size == 0

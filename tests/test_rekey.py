@@ -23,6 +23,7 @@ from sealfs.image.cache import BlockCache
 from sealfs.image.format import LOST, RekeyPhase
 from sealfs.image.image import SealedImage
 from sealfs.image.layout import Geometry
+from sealfs.image.sweep import Swept
 
 NEW_KEY = hashlib.sha256(b"the next image key").digest()
 KEYS = {1: KEY, 2: NEW_KEY}
@@ -416,6 +417,47 @@ def test_with_little_memory_a_part_takes_what_there_is_room_for() -> None:
     finish(image)
     image.abandon()
     assert report(storage).under(1) == {}
+
+
+def test_writes_that_take_the_last_frames_while_a_part_is_looked_at_come_first() -> None:
+    storage = made()
+    image = opened(storage, cache_blocks=6)
+    fill(image)
+    image.checkpoint()
+    image.begin_rekey(WRAPPED, NEW_KEY)
+    advance(image, RekeyPhase.SWEEPING)
+    damaged_at(storage, image, 6)
+
+    def part(*, is_late: bool) -> Swept:
+        steps = image.rekey_part_steps(4)
+        try:
+            work = next(steps)
+            while True:
+                result = work()
+                if is_late:
+                    for block in range(20, 25):
+                        assert image.try_write(block * PAGE, value(block))
+                work = steps.send(result)
+        except StopIteration as stop:
+            found: Swept = stop.value
+        return found
+
+    def go_on() -> None:
+        while True:
+            late = part(is_late=True)
+            assert late.needs_room
+            assert not late.is_done
+            image.flush()
+            assert not part(is_late=False).needs_room
+
+    with pytest.raises(BlockDamaged, match="block 6 does not verify"):
+        go_on()
+    assert image.poisoned is None
+    image.write(6 * PAGE, value(6))
+    image.flush()
+    finish(image)
+    assert image.read(0, image.size) == content(range(25))
+    image.abandon()
 
 
 # -- what an image says of itself

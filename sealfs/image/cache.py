@@ -4,13 +4,16 @@ One `BlockCache` serves all images of a mount; each image has its `ImageCache` i
 are frames, slices of one anonymous mapping that is kept out of core dumps. A block being
 committed keeps its frame until its commit is done; a write that comes meanwhile takes another.
 
-Concurrency: the owner's thread only, but for frames under commit, which a worker may read.
+Concurrency: the owner's thread only, but for frames under commit, which a worker may read, and
+for `attach`: images are opened in workers. Above all `free` changes in the owner's thread alone:
+the device receives into the frames that come next (_device.c) while others have the interpreter.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -45,8 +48,9 @@ class BlockCache:
         self.view = memoryview(b"")
         self.free = list(range(self.dirty_max // BLOCK_SIZE - 1, -1, -1))
         """Frames that can be taken, the next one last."""
-        self._few = self.dirty_max // BLOCK_SIZE // 2
+        self._frame_count = len(self.free)
         self._image_count = 0
+        self._attaching = threading.Lock()
         self.on_room: Callable[[], None] = lambda: None
         """Called when frames were given back."""
         self.on_low: Callable[[], None] = lambda: None
@@ -70,14 +74,15 @@ class BlockCache:
 
     def attach(self) -> ImageCache:
         """Return a new image's part of the cache."""
-        if self._slab is None:
-            # Mapped when the first image is opened, so that daemonising does not copy it.
-            self._slab = mmap.mmap(-1, self.dirty_max)
-            with contextlib.suppress(OSError):
-                self._slab.madvise(_MADV_DONTDUMP)
-            self.view = memoryview(self._slab)
-        self._image_count += 1
-        return ImageCache(self, self._image_count << _IMAGE_SHIFT)
+        with self._attaching:
+            if self._slab is None:
+                # Mapped when the first image is opened, so that daemonising does not copy it.
+                self._slab = mmap.mmap(-1, self.dirty_max)
+                with contextlib.suppress(OSError):
+                    self._slab.madvise(_MADV_DONTDUMP)
+                self.view = memoryview(self._slab)
+            self._image_count += 1
+            return ImageCache(self, self._image_count << _IMAGE_SHIFT)
 
     def take_frames(self, count: int) -> list[int]:
         """Take `count` frames; that many must be free."""
@@ -99,7 +104,7 @@ class BlockCache:
 
     def look(self) -> None:
         """Have it said when few frames are free."""
-        if len(self.free) < self._few:
+        if len(self.free) * 2 < self._frame_count:
             self.on_low()
 
     def drop_clean(self, first: int, count: int) -> None:
@@ -188,7 +193,6 @@ class ImageCache:
         at = frame * BLOCK_SIZE
         self.shared.view[at : at + BLOCK_SIZE] = content
         self._clean.pop(self.base + block, None)
-        self.shared.look()
         return True
 
     def put(self, first: int, content: Buffer) -> None:
@@ -213,7 +217,6 @@ class ImageCache:
                 at = frame * BLOCK_SIZE
                 view[at : at + BLOCK_SIZE] = content[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
         self.shared.drop_clean(self.base + first, count)
-        self.shared.look()
 
     def begin_commit(self, blocks: Sequence[int] | None = None) -> None:
         """Hand dirty blocks (all, or these) to the commit that is beginning."""

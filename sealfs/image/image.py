@@ -383,9 +383,7 @@ class SealedImage:
             return False
         else:
             self._cache.put(first, data)
-        self._reader.version += 1
-        if self.oldest_dirty is None:
-            self.oldest_dirty = time.monotonic()
+        self._note_accepted()
         return True
 
     def _accept(self, first: int, data: Buffer) -> bool:
@@ -400,10 +398,14 @@ class SealedImage:
             self._committer.drop_unused_slots()
             raise
         self._cache.put(first, data)
+        self._note_accepted()
+        return True
+
+    def _note_accepted(self) -> None:
         self._reader.version += 1
         if self.oldest_dirty is None:
             self.oldest_dirty = time.monotonic()
-        return True
+        self._cache.shared.look()
 
     def _merge_edges(self, first: int, last: int, offset: int, data: Buffer) -> memoryview | None:
         """Widen a write to whole blocks; None when an old edge would have to be waited for."""
@@ -473,6 +475,9 @@ class SealedImage:
     def _check_flushable(self) -> None:
         if self.read_only:
             raise ReadOnly(self.path, "is open for reading only")
+        if self._is_closed:
+            # What accepts writes may outlive it: nothing would ever flush them.
+            raise StorageFailed(self.path, "is closed")
         if self.poisoned is not None:
             raise StorageFailed(
                 self.path, f"takes no writes until it is opened again: {self.poisoned}"
@@ -497,6 +502,7 @@ class SealedImage:
             StorageFailed: it did not; the image is poisoned.
         """
         if not self.is_dirty and self.poisoned is None:
+            self.oldest_dirty = None  # what was written has been discarded
             return
         self._check_flushable()
         self.oldest_dirty = None
@@ -806,11 +812,15 @@ class SealedImage:
 
     def abandon(self) -> None:
         """Let go of everything without writing, as a process does that is killed."""
+        run(self.abandon_steps())
+
+    def abandon_steps(self) -> Steps[None]:
+        """As `abandon`, exclusive: closing the last of a large file without a name takes long."""
         if not self._is_closed:
             self._is_closed = True
-            self._cache.detach()
+            self._cache.detach()  # not in a worker: frames are given back in the owner's thread
             self._volume.cipher.forget()
-            self._storage.close()
+            yield self._storage.close
 
     # -- the same, waiting in place (command line, tests)
 

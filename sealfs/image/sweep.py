@@ -310,7 +310,11 @@ class Sweep:
         if room <= 0:
             return None
         groups = self._groups(start)
+        noted = len(self.findings)
         look: _Look = yield partial(self._look, groups, room, renew)
+        if len(look.blocks) > self._cache.free_count:
+            del self.findings[noted:]  # writes came first: the next part looks again
+            return None
         return look
 
     def _look(self, groups: list[int], room: int, renew: bool) -> _Look:

@@ -381,7 +381,7 @@ class Disk:
             if image.poisoned or self.is_unlinked:
                 # Nothing more can be promised, and recovery at the next open decides; or there
                 # is no next open.
-                await self._workers.run(image.abandon)
+                await self._workers.drive(image.abandon_steps())
             else:
                 try:
                     await self._workers.drive(image.flush_steps())
@@ -389,7 +389,7 @@ class Disk:
                         await self._on_closing(self)
                     await self._workers.drive(image.close_steps())
                 except Exception:
-                    await self._workers.run(image.abandon)
+                    await self._workers.drive(image.abandon_steps())
                     raise
         finally:
             self.image = None
