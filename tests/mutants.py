@@ -1304,8 +1304,9 @@ NETS = (
 )  # fmt: skip
 
 QUICK_C, DEVICE_C = "image/_blockread.c", "mount/_device.c"
+TAKER_C, STATE_H = "image/_blocktake.c", "image/_state.h"
 DEVICE_FILE, LANE_FILE = "mount/device.py", "mount/lane.py"
-QUICK, DEVICE = "tests/test_quick.py", "tests/test_device.py"
+QUICK, DEVICE, TAKER = "tests/test_quick.py", "tests/test_device.py", "tests/test_taker.py"
 LONG_READS, LANE = "tests/test_long_reads.py", "tests/test_lane.py"
 _ANSWERS, _WAITS, _SHARES = "Quick.answer", "Device.next", "lane.py, long reads"
 
@@ -1370,10 +1371,10 @@ READS = (
         (("++self->met % self->keep_every)", "++self->met == 0)"),), (QUICK,),
     ),
     Mutant(
-        "a group without a slot is read", _ANSWERS, QUICK_C,
+        "a group without a slot is read", _ANSWERS, STATE_H,
         (("    if (i >= (size_t)present.len || !((unsigned char *)present.buf)[i]) {\n",
           "    if (i >= (size_t)present.len) {\n"),),
-        (QUICK,),
+        (QUICK, TAKER),
     ),
     Mutant(
         "what does not authenticate is sent", "3.3", QUICK_C,
@@ -1395,15 +1396,16 @@ READS = (
     ),
     Mutant(
         "a request of another length is answered", _WAITS, DEVICE_C,
-        (("asked.length != count || ", ""),), (DEVICE,),
+        (("asked.length != count || asked.offset", "asked.offset"),), (DEVICE,),
     ),
     Mutant(
         "every request is a read", _WAITS, DEVICE_C,
-        ((" || asked.opcode != OPCODE_READ", ""),), (DEVICE,),
+        (("    if (opcode == OPCODE_READ && answer(", "    if (!is_write && answer("),), (DEVICE,),
     ),
     Mutant(
         "an offset that cannot be is answered", _WAITS, DEVICE_C,
-        ((" || asked.offset > INT64_MAX", ""),), (DEVICE,),
+        (("asked.length != count || asked.offset > INT64_MAX)", "asked.length != count)"),),
+        (DEVICE,),
     ),
     Mutant(
         "whatever is said is an answer", _WAITS, DEVICE_C,

@@ -108,7 +108,7 @@ def run_job(room: Path, job: Job) -> Result:
         shutil.copytree(room, copy, symlinks=True)
         for path, content in job.edits:
             (copy / path).write_text(content)
-            if path.endswith(".c"):
+            if path.endswith((".c", ".h")):
                 build(copy, path)
         status, output = run_tests(copy, job.tests, job.seconds_max)
     seconds = time.monotonic() - began
@@ -119,13 +119,18 @@ def run_job(room: Path, job: Job) -> Result:
 
 
 def build(tree: Path, source: str) -> None:
-    """Compile a C module anew, as pyproject.toml says.
+    """Compile a C module, or those that include a header, anew, as pyproject.toml says.
 
     Raises:
         RuntimeError: it does not compile, which is no fault of the tests.
     """
     settings = tomllib.loads((tree / "pyproject.toml").read_text())
     modules = settings["tool"]["setuptools"]["ext-modules"]
+    if source.endswith(".h"):
+        for each in modules:
+            if source in each.get("depends", ()):
+                build(tree, *each["sources"])
+        return
     (module,) = (each for each in modules if each["sources"] == [source])
     ask = "from sysconfig import *; print(get_path('include'), get_config_var('EXT_SUFFIX'))"
     asked = subprocess.run([python(), "-c", ask], check=True, capture_output=True, text=True)

@@ -180,23 +180,44 @@ static int may_take(Taker *self, unsigned long long offset, unsigned long long s
     return 1;
 }
 
-/* Give one block the next free frame, or let it keep its own where `content` is to be copied.
- * Returns 0, or -1 with an exception set. */
+/* How many of these blocks have no dirty frame yet; -1 with an exception set. */
+static Py_ssize_t count_missing(PyObject *dirty, unsigned long long first, unsigned long long count)
+{
+    Py_ssize_t missing = (Py_ssize_t)count;
+    if (PyDict_GET_SIZE(dirty) == 0)
+        return missing;
+    for (unsigned long long i = 0; i < count; i++) {
+        if (at_number(dirty, first + i) != NULL)
+            missing--;
+        else if (PyErr_Occurred())
+            return -1;
+    }
+    return missing;
+}
+
+/* Give one block the last of `frames`, of which there are `*left`; or have it keep its own, where
+ * `content` is to be copied. What it had before goes to `old_frames`. 0, or -1 with an exception. */
 static int put_block(Taker *self, PyObject *dirty, unsigned long long block,
-                     const unsigned char *content, Py_ssize_t *used, PyObject *given_back)
+                     const unsigned char *content, PyObject *frames, Py_ssize_t *left,
+                     PyObject *old_frames)
 {
     PyObject *key = PyLong_FromUnsignedLongLong(block), *clean_key = NULL, *frame, *old = NULL;
     int status = -1;
     if (key == NULL)
         return -1;
+    if (PyDict_GET_SIZE(self->clean)) { /* first: what is outdated must not stay, if all else does */
+        clean_key = PyLong_FromUnsignedLongLong(self->base + block);
+        int has = clean_key == NULL ? -1 : PyDict_Contains(self->clean, clean_key);
+        if (has < 0 || (has && PyODict_DelItem(self->clean, clean_key) < 0))
+            goto end;
+    }
     old = Py_XNewRef(PyDict_GetItemWithError(dirty, key));
     if (old == NULL && PyErr_Occurred())
         goto end;
-    Py_ssize_t left = PyList_GET_SIZE(self->free) - *used;
     if (old != NULL && content != NULL)
         frame = old;
-    else if (left > 0)
-        frame = PyList_GET_ITEM(self->free, left - 1);
+    else if (*left > 0)
+        frame = PyList_GET_ITEM(frames, *left - 1);
     else {
         PyErr_SetString(PyExc_ValueError, "Taker: no frame is left");
         goto end;
@@ -208,21 +229,15 @@ static int put_block(Taker *self, PyObject *dirty, unsigned long long block,
         goto end;
     }
     if (frame != old) {
-        if (old != NULL && PyList_Append(given_back, old) < 0)
-            goto end;
         if (PyDict_SetItem(dirty, key, frame) < 0)
             goto end;
-        ++*used;
+        --*left;
     }
     if (content != NULL)
         memcpy((unsigned char *)self->slab.buf + number * BLOCK_SIZE, content, BLOCK_SIZE);
+    else if (old != NULL && PyList_Append(old_frames, old) < 0)
+        goto end;
     status = 0;
-    if (PyDict_GET_SIZE(self->clean)) {
-        clean_key = PyLong_FromUnsignedLongLong(self->base + block);
-        int has = clean_key == NULL ? -1 : PyDict_Contains(self->clean, clean_key);
-        if (has)
-            status = has < 0 ? -1 : PyODict_DelItem(self->clean, clean_key);
-    }
 end:
     Py_XDECREF(clean_key);
     Py_XDECREF(old);
@@ -230,12 +245,13 @@ end:
     return status;
 }
 
-/* Make blocks dirty, of `content` or of what is in the free frames that come next already. */
+/* Make blocks dirty, of `content` or of what is in the free frames that come next already.
+ *
+ * Whatever fails, no frame is ever free and a block's: at worst one is nobody's. */
 static int put(Taker *self, unsigned long long first, unsigned long long count,
                const unsigned char *content)
 {
-    PyObject *dirty = PyObject_GetAttr(self->cache, name_dirty), *given_back = NULL;
-    Py_ssize_t used = 0;
+    PyObject *dirty = PyObject_GetAttr(self->cache, name_dirty), *frames = NULL, *old_frames = NULL;
     int status = -1;
     if (dirty == NULL)
         return -1;
@@ -243,35 +259,48 @@ static int put(Taker *self, unsigned long long first, unsigned long long count,
         PyErr_SetString(PyExc_TypeError, "Taker: blocks that are no dictionary");
         goto end;
     }
-    given_back = PyList_New(0);
-    if (given_back == NULL)
+    Py_ssize_t left = content ? count_missing(dirty, first, count) : (Py_ssize_t)count;
+    Py_ssize_t rest = PyList_GET_SIZE(self->free) - left;
+    if (left < 0 || (content == NULL && (old_frames = PyList_New(0)) == NULL))
         goto end;
+    if (rest < 0) {
+        PyErr_SetString(PyExc_ValueError, "Taker: no frame is left");
+        goto end;
+    }
+    if (left) {
+        frames = PyList_GetSlice(self->free, rest, rest + left);
+        if (frames == NULL || PyList_SetSlice(self->free, rest, rest + left, NULL) < 0)
+            goto end;
+    }
     status = 0;
     for (unsigned long long i = 0; i < count && status == 0; i++)
         status = put_block(self, dirty, first + i, content ? content + i * BLOCK_SIZE : NULL,
-                           &used, given_back);
-    /* Whatever happened: a frame that a block has is free no more, and one it had is again. */
+                           frames, &left, old_frames);
+    if (left == 0 && (old_frames == NULL || PyList_GET_SIZE(old_frames) == 0))
+        goto end;
+    /* What was not used, and above it what the blocks had: theirs in the order in which they are
+     * taken, so that neighbours are neighbours again. */
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
-    Py_ssize_t all = PyList_GET_SIZE(self->free);
-    if (used && PyList_SetSlice(self->free, all - used, all, NULL) < 0)
-        status = -1;
-    all -= used;
-    if (PyList_GET_SIZE(given_back) && PyList_SetSlice(self->free, all, all, given_back) < 0)
+    Py_ssize_t end = PyList_GET_SIZE(self->free);
+    if ((old_frames != NULL && PyList_Reverse(old_frames) < 0) ||
+        PyList_SetSlice(frames, left, PyList_GET_SIZE(frames), old_frames) < 0 ||
+        PyList_SetSlice(self->free, end, end, frames) < 0)
         status = -1;
     if (type != NULL)
         PyErr_Restore(type, value, trace);
 end:
-    Py_XDECREF(given_back);
+    Py_XDECREF(old_frames);
+    Py_XDECREF(frames);
     Py_DECREF(dirty);
     return status;
 }
 
-/* Say that something was written: to readers under way, and to who has the cache emptied. */
+/* Say that something is written: to readers under way, and to who commits what is old. */
 static int note(Taker *self)
 {
     int status = -1;
-    PyObject *version = PyObject_GetAttr(self->reader, name_version), *next = NULL, *said = NULL;
+    PyObject *version = PyObject_GetAttr(self->reader, name_version), *next = NULL;
     PyObject *oldest = PyObject_GetAttr(self->image, name_oldest_dirty), *now = NULL;
     if (version == NULL || oldest == NULL || (next = PyNumber_Add(version, one)) == NULL ||
         PyObject_SetAttr(self->reader, name_version, next) < 0)
@@ -283,19 +312,23 @@ static int note(Taker *self)
         if (now == NULL || PyObject_SetAttr(self->image, name_oldest_dirty, now) < 0)
             goto end;
     }
-    if (PyList_GET_SIZE(self->free) * 2 < self->slab.len / BLOCK_SIZE) {
-        said = PyObject_CallMethodNoArgs(self->shared, name_on_low);
-        if (said == NULL)
-            goto end;
-    }
     status = 0;
 end:
-    Py_XDECREF(said);
     Py_XDECREF(now);
     Py_XDECREF(oldest);
     Py_XDECREF(next);
     Py_XDECREF(version);
     return status;
+}
+
+/* As `BlockCache.look`. */
+static int look(Taker *self)
+{
+    if (PyList_GET_SIZE(self->free) * 2 >= self->slab.len / BLOCK_SIZE)
+        return 0;
+    PyObject *said = PyObject_CallMethodNoArgs(self->shared, name_on_low);
+    Py_XDECREF(said);
+    return said == NULL ? -1 : 0;
 }
 
 static int take(Taker *self, unsigned long long offset, unsigned long long size,
@@ -304,7 +337,9 @@ static int take(Taker *self, unsigned long long offset, unsigned long long size,
     int status = may_take(self, offset, size);
     if (status <= 0)
         return status;
-    if (put(self, offset / BLOCK_SIZE, size / BLOCK_SIZE, content) < 0 || note(self) < 0)
+    /* It is noted first: also what is put in part only must not be taken for what was there. */
+    if (note(self) < 0 || put(self, offset / BLOCK_SIZE, size / BLOCK_SIZE, content) < 0 ||
+        look(self) < 0)
         return -1;
     return 1;
 }

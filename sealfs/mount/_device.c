@@ -206,8 +206,10 @@ static void prepare(Device *self)
         return;
     if (self->slab.buf == NULL) {
         PyObject *view = PyObject_GetAttr(self->shared, name_view);
-        if (view == NULL || PyObject_GetBuffer(view, &self->slab, PyBUF_WRITABLE) < 0)
+        if (view == NULL || PyObject_GetBuffer(view, &self->slab, PyBUF_WRITABLE) < 0) {
+            self->slab = (Py_buffer){0}; /* who fails leaves something in it */
             PyErr_Clear();
+        }
         Py_XDECREF(view);
     }
     PyObject *free = self->slab.buf == NULL ? NULL : PyObject_GetAttr(self->shared, name_free);
