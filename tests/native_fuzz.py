@@ -20,7 +20,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from sealfs.image import _blockread, _blockseal, _blockwrite
+from sealfs.image import _blockread, _blockseal, _blocktake, _blockwrite
 from sealfs.mount import _device, _ring
 
 PAGE = 4096
@@ -28,11 +28,19 @@ PREFIX = b"sealfs block" + bytes(16)
 DIRECT = b"directly"
 QUICK = ("image", "volume", "cache", "shared", "clean", "nodes", "leaves", "opener", "fd", "base",
          "group_blocks", "fanout", "first_home", "slot_size", "keep_every")  # fmt: skip
+TAKER = ("image", "check", "cache", "shared", "clean", "free", "nodes", "leaves", "space", "reader",
+         "slab", "base", "group_blocks", "fanout", "part_blocks")  # fmt: skip
+WRITE_START = 80
+LONGEST = 1 << 20
 
 
 def _make_quick(*values: Any) -> Any:
     """Make one by position: its arguments have names."""
     return _blockread.Quick(**dict(zip(QUICK, values, strict=False)))
+
+
+def _make_taker(*values: Any) -> Any:
+    return _blocktake.Taker(**dict(zip(TAKER, values, strict=False)))
 
 
 class Fuzz:
@@ -79,7 +87,7 @@ class Fuzz:
             self.calls[f"{name}: {type(exc).__name__}"] += 1
             return None
         except AttributeError as exc:  # of an object that is not what it should be
-            if name not in ("answer", "next"):
+            if name not in ("answer", "next", "take", "take_landed"):
                 raise
             self.calls[f"{name}: {type(exc).__name__}"] += 1
             return None
@@ -230,6 +238,117 @@ class Fuzz:
         with contextlib.suppress(BlockingIOError):
             self.kernel.send(request)
 
+    def take(self) -> None:
+        """Accept writes, told of directly and as requests of a device."""
+        rng, calls = self.rng, self.calls
+        count = rng.choice((8, 40, 300))
+        slab, group = bytearray(count * PAGE), rng.choice((4, 8, 100, 128))
+        frames = list(range(count - 1, -1, -1))
+        if rng.random() < 0.3:
+            rng.shuffle(frames)
+        base, blocks = rng.choice((0, 1 << 48)), 2 * group
+        some = rng.sample(range(blocks), rng.choice((0, 0, 1, 5)))
+        dirty = {block: frames.pop() for block in some}
+        clean = OrderedDict((base + rng.randrange(blocks), b"") for _ in range(rng.randrange(4)))
+        node = SimpleNamespace(
+            present=bytearray(b"\1\1"), slots=struct.pack("II", rng.choice((0, 1)), 1)
+        )
+        owner: Any = SimpleNamespace(
+            size=blocks * PAGE, oldest_dirty=rng.choice((None, 1.0)), dirty=dirty, version=0,
+            parts=rng.choice((b"\xff\xff", b"\xff\xff", b"\xff", b"\xff\x0f")), is_cutting=False,
+            punching=rng.choice((set(), set(), set(), {1})), leaving={}, on_low=lambda: None,
+            view=memoryview(slab), free=frames, buffered_handles=rng.choice((0, 0, 0, 1)),
+        )  # fmt: skip
+        is_right = rng.random() < 0.7
+        if not is_right:
+            for _ in range(rng.randrange(3)):
+                setattr(owner, rng.choice(list(vars(owner))), self.odd())
+            if rng.random() < 0.3:
+                setattr(node, rng.choice(("present", "slots")), self.odd())
+            for _ in range(rng.choice((0, 0, 3))):
+                frames.insert(rng.randrange(len(frames) + 1), self.odd())
+        arguments = (
+            owner, lambda: None, owner, owner, clean, frames, {0: node}, {0: b"", 1: b""}, owner,
+            owner, slab, base, group, 2, -(-group // 8),
+        )  # fmt: skip
+        make = self.call if not is_right else lambda name, function, *args: function(*args)
+        taker = make("Taker", _make_taker, *arguments)
+        buffer = bytearray(rng.choice((WRITE_START + LONGEST, 80 << 10, 2 * LONGEST)))
+        box = _blockread.Outbox(self.device.fileno())
+        handle = SimpleNamespace(taker=taker, quick=None, disk=owner)
+        device = make(
+            "Device", _device.Device, self.device.fileno(), buffer, (self.null,), {1: handle}, box,
+            lambda codes: None, owner,
+        )  # fmt: skip
+        if taker is None or device is None:
+            return
+        model: dict[int, bytes] = {}
+        for _ in range(rng.randrange(1, 10)):
+            first, length = rng.randrange(blocks), rng.choice((1, 1, 2, 8, 16, 20))
+            data = rng.randbytes(length * PAGE - (512 if rng.random() < 0.05 else 0))
+            if rng.random() < 0.6:
+                found = self.ask_write(device, buffer, first * PAGE, data)
+            elif rng.random() < 0.7 or not is_right:
+                function = rng.choice((taker.take, taker.take_landed))
+                content: Any = data if function == taker.take else len(data)
+                made = self.call if not is_right else make
+                found = made(function.__name__, function, first * PAGE, content)
+                if found and function == taker.take_landed:
+                    found = None  # whatever there was
+                    for i in range(length):
+                        model.pop(first + i, None)
+            else:
+                continue
+            if found:
+                for i in range(length):
+                    model[first + i] = data[i * PAGE : (i + 1) * PAGE]
+                calls["a write was accepted"] += 1
+            if is_right:
+                held = [*frames, *dirty.values()]
+                assert sorted(held) == list(range(count)), "a frame is two things, or none"
+                for block, wanted in model.items():
+                    at = dirty[block] * PAGE
+                    assert slab[at : at + PAGE] == wanted, f"block {block}"
+                assert not {block + base for block in model} & set(clean)
+
+    def ask_write(self, device: Any, buffer: bytearray, offset: int, data: bytes) -> bool:
+        """Send a request for a write, or something like it; return whether it was accepted."""
+        rng = self.rng
+        request = bytearray(
+            struct.pack("<IIQQIIIIQQIIQII", WRITE_START + len(data), 16, 5, 9, 0, 0, 1, 0,
+                        rng.choice((1, 1, 1, 2)), offset, len(data), rng.choice((0, 0, 1)), 0,
+                        rng.choice((0, 0, os.O_DIRECT, os.O_DSYNC)), 0)
+        )  # fmt: skip
+        if rng.random() < 0.2:  # all but the offset
+            request[rng.randrange(48)] ^= 1 << rng.randrange(8)
+        request += data
+        if rng.random() < 0.1:
+            request = request[: rng.randrange(1, len(request))]
+        if len(request) > len(buffer):
+            return False
+        self.drain()
+        self.kernel.send(request)
+        found = device.next(rng.choice((0, 1000)), rng.random() < 0.5)
+        if found >= 0:
+            assert buffer[:found] == request[:found], "it was handed on otherwise than it came"
+            assert found == len(request)
+            return False
+        device.next(0, False)
+        (answer,) = self.drain()
+        assert struct.unpack_from("<Ii", answer) == (24, 0)
+        return True
+
+    def drain(self) -> list[bytes]:
+        """Return what has been answered; nothing is left to be asked."""
+        found: list[bytes] = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.device.recv(1 << 18)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                found.append(self.kernel.recv(1 << 18))
+        return found
+
     def write(self) -> None:
         """Write blocks to places of the file."""
         count = self.rng.randrange(0, 12)
@@ -264,7 +383,7 @@ def main() -> None:
     print(f"seed {seed}", flush=True)
     fuzz, end = Fuzz(seed), time.monotonic() + seconds
     while time.monotonic() < end:
-        for part in (fuzz.seal_and_open, fuzz.write, fuzz.fetch):
+        for part in (fuzz.seal_and_open, fuzz.take, fuzz.write, fuzz.fetch):
             part()
     for name, count in sorted(fuzz.calls.items()):
         print(f"{count:9,} {name}")
