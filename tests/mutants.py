@@ -1545,9 +1545,180 @@ READS = (
     ),
 )  # fmt: skip
 
+CACHE_FILE, DISK_FILE = "image/cache.py", "mount/disk.py"
+CACHE = "tests/test_cache.py"
+_ACCEPTS, _RECEIVES = "Taker.take", "Device.next, writes"
+
+WRITES = (
+    Mutant(
+        "a write beyond the end is accepted", _ACCEPTS, TAKER_C,
+        (("    if (offset > disk_size || size > disk_size - offset)\n",
+          "    if (offset > disk_size)\n"),),
+        (TAKER,),
+    ),
+    Mutant(
+        "an image that takes no writes takes them here", "8.4", TAKER_C,
+        (("    PyObject *checked = PyObject_CallNoArgs(self->check);",
+          "    PyObject *checked = Py_NewRef(Py_None);"),),
+        (TAKER,),
+    ),
+    Mutant(
+        "a closed image takes writes", "8.4", IMAGE_FILE,
+        (("        if self._is_closed:\n            # What",
+          "        if False:\n            # What"),),
+        (TAKER,),
+    ),
+    Mutant(
+        "space that is being given back is written to", _ACCEPTS, TAKER_C,
+        (("        status = is_true(self->space, name_punching);\n", "        status = 0;\n"),),
+        (TAKER,),
+    ),
+    Mutant(
+        "a group that is about to lose its slot is written to", _ACCEPTS, TAKER_C,
+        (("        status = is_true(self->space, name_leaving);\n", "        status = 0;\n"),),
+        (TAKER,),
+    ),
+    Mutant(
+        "space is asked for of a write's first eighth alone", "8.4", TAKER_C,
+        (("    unsigned wanted = (2u << last) - (1u << first);\n",
+          "    unsigned wanted = 1u << first;\n    (void)last;\n"),),
+        (TAKER,),
+    ),
+    Mutant(
+        "blocks of the next group are written by the slot of the first", _ACCEPTS, TAKER_C,
+        (("        part = part < count ? part : count;\n", "        part = count;\n"),),
+        (TAKER,),
+    ),
+    Mutant(
+        "a leaf page that is not in memory is not waited for", _ACCEPTS, TAKER_C,
+        (("        if (at_number(self->leaves, group) == NULL)\n",
+          "        if (at_number(self->leaves, group) == NULL && PyErr_Occurred())\n"),),
+        (TAKER,),
+    ),
+    Mutant(
+        "the clean cache keeps what was overwritten", _ACCEPTS, TAKER_C,
+        (("(has && PyODict_DelItem(self->clean, clean_key) < 0)", "has > 1"),), (TAKER,),
+    ),
+    Mutant(
+        "a write makes another image's clean block go", _ACCEPTS, TAKER_C,
+        (("FromUnsignedLongLong(self->base + block)", "FromUnsignedLongLong(block)"),), (TAKER,),
+    ),
+    Mutant(
+        "a frame that a block had is nobody's", _ACCEPTS, TAKER_C,
+        (("    else if (old != NULL && PyList_Append(old_frames, old) < 0)\n",
+          "    else if (old != NULL && old_frames == NULL)\n"),),
+        (TAKER,),
+    ),
+    Mutant(
+        "frames that are given back lie the other way round", _ACCEPTS, TAKER_C,
+        (("(old_frames != NULL && PyList_Reverse(old_frames) < 0) ||\n        ", ""),), (TAKER,),
+    ),
+    Mutant(
+        "frames that were not used are lost", _ACCEPTS, TAKER_C,
+        (("    if (left == 0 && (old", "    if ((old"),), (TAKER,),
+    ),
+    Mutant(
+        "what landed is written into the frames the block had", _ACCEPTS, TAKER_C,
+        (("    if (old != NULL && content != NULL)\n", "    if (old != NULL)\n"),), (TAKER,),
+    ),
+    Mutant(
+        "a reader under way keeps what was overwritten", _ACCEPTS, TAKER_C,
+        (("        PyObject_SetAttr(self->reader, name_version, next) < 0)\n",
+          "        PyObject_SetAttr(self->reader, name_version, version) < 0)\n"),),
+        (TAKER,),
+    ),
+    Mutant(
+        "each write is the oldest", _ACCEPTS, TAKER_C,
+        (("    if (oldest == Py_None) {\n", "    {\n"),), (TAKER,),
+    ),
+    Mutant(
+        "half of the frames is few", _ACCEPTS, TAKER_C,
+        (("* 2 >= self->slab.len / BLOCK_SIZE)", "* 2 > self->slab.len / BLOCK_SIZE)"),), (TAKER,),
+    ),
+    Mutant(
+        "a view is accepted that the garbage collector may take apart", _ACCEPTS, TAKER_C,
+        (("    else if (slab.obj != NULL && PyMemoryView_Check(slab.obj))", "    else if (0)"),),
+        (TAKER,),
+    ),
+    Mutant(
+        "nobody is told of few frames by the long way", "cache.py", IMAGE_FILE,
+        (("        self._cache.shared.look()\n", ""),), (TAKER,),
+    ),
+    Mutant(
+        "less than half of an odd number of frames is not few", "cache.py", CACHE_FILE,
+        (("        if len(self.free) * 2 < self._frame_count:\n",
+          "        if len(self.free) < self._frame_count // 2:\n"),),
+        (CACHE, TAKER),
+    ),
+    Mutant(
+        "images opened at the same time have a slab each", "cache.py", CACHE_FILE,
+        (("        with self._attaching:\n", "        if True:\n"),), (CACHE,),
+    ),
+    Mutant(
+        "frames are given back in a worker", "cache.py", IMAGE_FILE,
+        (("            self._cache.detach()  # not",
+          "            yield self._cache.detach  # not"),),
+        (LANE,),
+    ),
+    Mutant(
+        "a sweep takes frames that writes have taken", "11.4", SWEEP,
+        (("        if len(look.blocks) > self._cache.free_count:\n", "        if False:\n"),),
+        (REKEY,),
+    ),
+    Mutant(
+        "a synchronous write is answered before it is durable", _RECEIVES, DEVICE_C,
+        ((" ||\n        asked.flags & O_DSYNC)", ")"),), (DEVICE,),
+    ),
+    Mutant(
+        "a direct write leaves the kernel's pages as they were", _RECEIVES, DEVICE_C,
+        ((" || is_beside_readers(handle, &asked))", ")"),), (DEVICE,),
+    ),
+    Mutant(
+        "what the kernel writes back is looked after like a direct write", _RECEIVES, DEVICE_C,
+        ((" || asked->write_flags & WRITE_CACHE)", ")"),), (DEVICE,),
+    ),
+    Mutant(
+        "a write of another length is accepted", _RECEIVES, DEVICE_C,
+        ((" || count != sizeof(asked) + asked.size", ""),), (DEVICE,),
+    ),
+    Mutant(
+        "what came into frames is not brought back", _RECEIVES, DEVICE_C,
+        (("    gather(self, count);\n    return 0;\n", "    return 0;\n"),), (DEVICE,),
+    ),
+    Mutant(
+        "frames are received into from the first on", _RECEIVES, DEVICE_C,
+        (("PyList_GET_ITEM(free, last - i)", "PyList_GET_ITEM(free, i)"),), (DEVICE,),
+    ),
+    Mutant(
+        "one frame less than the longest write has blocks", _RECEIVES, DEVICE_C,
+        (("_SIZE(free) < LANDING_BLOCKS)", "_SIZE(free) < LANDING_BLOCKS - 1)"),),
+        (DEVICE,),
+    ),
+    Mutant(
+        "what lies beyond the longest write is lost", _RECEIVES, DEVICE_C,
+        (("(struct iovec){buffer + whole,", "(struct iovec){buffer,"),),
+        (DEVICE,),
+    ),
+    Mutant(
+        "a view is held that the garbage collector may take apart", _RECEIVES, DEVICE_C,
+        (("memory == NULL || PyMemoryView_Check(memory) ||", "memory == NULL ||"),),
+        (DEVICE,),
+    ),
+    Mutant(
+        "a frame that cannot be is received into", _RECEIVES, DEVICE_C,
+        (("        if (frame < 0 || frame >= frame_count)\n", "        if (frame < -1)\n"),),
+        (DEVICE,),
+    ),
+    Mutant(
+        "what is not accepted is answered", _RECEIVES, DEVICE_C,
+        (("    if (taken == Py_True) {\n", "    if (taken != NULL && taken != Py_False) {\n"),),
+        (DEVICE,),
+    ),
+)  # fmt: skip
+
 NAMED: tuple[Mutant, ...] = (
     *COMMIT, *CHECKPOINT, *WRITING, *RECOVER, *STRUCTURES, *REWRITE, *REKEYS, *LEDGERS, *NETS,
-    *READS,
+    *READS, *WRITES,
 )  # fmt: skip
 
 _TRUE = "equivalent: `present` is only asked for being zero or not"

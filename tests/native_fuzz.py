@@ -257,7 +257,7 @@ class Fuzz:
             size=blocks * PAGE, oldest_dirty=rng.choice((None, 1.0)), dirty=dirty, version=0,
             parts=rng.choice((b"\xff\xff", b"\xff\xff", b"\xff", b"\xff\x0f")), is_cutting=False,
             punching=rng.choice((set(), set(), set(), {1})), leaving={}, on_low=lambda: None,
-            view=memoryview(slab), free=frames, buffered_handles=rng.choice((0, 0, 0, 1)),
+            memory=slab, free=frames, buffered_handles=rng.choice((0, 0, 0, 1)),
         )  # fmt: skip
         is_right = rng.random() < 0.7
         if not is_right:

@@ -44,7 +44,7 @@ from sealfs.mount.protocol import (
 _device = pytest.importorskip("sealfs.mount._device", reason="tools/setup builds it")
 
 SOON = 0.05
-CACHE = SimpleNamespace(view=memoryview(b""), free=[])
+CACHE = SimpleNamespace(memory=None, free=[])
 LONG = 10**10
 A_MOMENT = 3_000_000
 ANSWERED_MAX = 64
@@ -946,14 +946,17 @@ def test_before_there_is_a_slab_nothing_goes_into_frames() -> None:
     cache = BlockCache(0, FRAMES * PAGE)
     writes = Writes(_device.Device, cache)
     for is_there in (False, False, True, True):
-        if is_there and not cache.view:
+        if is_there and cache.memory is None:
             cache.attach()
         writes.expect_long()
         writes.ask(write_request(5, 0, DATA))
         assert writes.next() == IDLE
         assert writes.taker.taken.pop() == (0, DATA, is_there)
     writes.close()
-    for odd in (SimpleNamespace(), SimpleNamespace(view=b"x" * 600 * PAGE, free=list(range(600)))):
+    for odd in (
+        SimpleNamespace(),
+        SimpleNamespace(memory=b"x" * 600 * PAGE, free=list(range(600))),
+    ):
         writes = Writes(_device.Device, odd)
         for _ in range(2):
             writes.expect_long()
@@ -961,6 +964,29 @@ def test_before_there_is_a_slab_nothing_goes_into_frames() -> None:
             assert writes.next() == IDLE
             assert writes.taker.taken.pop() == (0, DATA, False)
         writes.close()
+
+
+def test_a_device_and_its_cache_may_go_together() -> None:
+    for _ in range(3):
+        writes: Any = Writes(_device.Device)
+        writes.expect_long()
+        writes.ask(write_request(5, 0, DATA))
+        assert writes.next() == IDLE
+        assert writes.taker.taken == [(0, DATA, True)]
+        writes.cache.known = writes
+        gone = weakref.ref(writes)
+        writes.close()
+        del writes
+        gc.collect()
+        assert gone() is None
+    writes = Writes(_device.Device, SimpleNamespace(memory=None, free=list(range(600))))
+    writes.cache.memory = memoryview(bytearray(600 * PAGE))
+    for _ in range(2):
+        writes.expect_long()
+        writes.ask(write_request(5, 0, DATA))
+        assert writes.next() == IDLE
+        assert writes.taker.taken.pop() == (0, DATA, False)
+    writes.close()
 
 
 def test_what_is_accepted_but_cannot_be_answered_is_handed_on(

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,7 +151,9 @@ async def rig(image: Image) -> AsyncIterator[Rig]:
     device.setblocking(False)
     device.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)  # for a long answer
     workers, handles, failures = Workers(2), Handles(), Failures()
-    cache: Any = SimpleNamespace(dirty_max=1 << 20, dirty_size=0, free_count=0, view=b"", free=[])
+    cache: Any = SimpleNamespace(
+        dirty_max=1 << 20, dirty_size=0, free_count=0, memory=None, free=[]
+    )
     opener: Any = SimpleNamespace(
         open=lambda path: (image, "vm", -1, None),
         note=lambda images: None,
@@ -414,6 +417,59 @@ def test_reads_are_counted_whoever_answers_them(
             assert await lane.ask(Opcode.READ, read_in(1, 1, 10)) == (0, bytes(10))
         assert lane.lane.served["read"] == 8
         assert lane.lane._device.answered == (0 if is_plain else 5)
+
+    run(test)
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_writes_are_counted_whoever_accepts_them(
+    is_plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_plain:
+        monkeypatch.setattr(lanes, "Device", PlainDevice)
+    else:
+        pytest.importorskip("sealfs.mount._device", reason="tools/setup builds it")
+
+    async def test(lane: Rig) -> None:
+        class Taker:
+            def take(self, offset: int, content: memoryview) -> bool:
+                return offset < 5 * PAGE and lane.image.try_write(offset, content)
+
+        handles = lane.handles.by_number
+        handles[1] = replace(handles[1], taker=Taker())  # type: ignore[arg-type]
+        for number in range(8):
+            data = bytes([number + 1]) * PAGE
+            answer = await lane.ask(Opcode.WRITE, write_in(1, number * PAGE, data))
+            assert answer == (0, protocol.WRITE_OUT.pack(0, 0, 0, PAGE, 0)[OUT_HEADER.size :])
+        assert lane.lane.served["write"] == 8
+        assert lane.lane._device.taken == (0 if is_plain else 5)
+        before = lane.image.flushes
+        answer = await lane.ask(Opcode.WRITE, write_in(1, 0, b"x" * PAGE, flags=os.O_DSYNC))
+        assert answer[0] == 0
+        assert lane.image.flushes == before + 1
+        assert lane.lane._device.taken == (0 if is_plain else 5)
+        assert lane.lane.served["write"] == 9
+        wanted = b"x" * PAGE + b"".join(bytes([number + 1]) * PAGE for number in range(1, 8))
+        assert await lane.ask(Opcode.READ, read_in(1, 0, 8 * PAGE)) == (0, wanted)
+        lane.handles.remove(1)
+        assert await lane.ask(Opcode.WRITE, write_in(1, 0, b"y" * PAGE)) == (errno.EBADF, b"")
+        assert await lane.ask(Opcode.READ, read_in(2, 0, 8 * PAGE)) == (0, wanted)
+
+    run(test)
+
+
+def test_only_what_is_written_to_and_need_not_be_durable_at_once_is_accepted_in_one_call() -> None:
+    async def test(lane: Rig) -> None:
+        disk = lane.handles.by_number[1].disk
+        lane.image.taker = lambda: lane  # type: ignore[assignment, return-value, method-assign]
+        kinds = (
+            (os.O_RDWR, True), (os.O_WRONLY, True), (os.O_RDONLY, False),
+            (os.O_RDWR | os.O_DIRECT, True), (os.O_RDWR | os.O_DSYNC, False),
+            (os.O_WRONLY | os.O_SYNC, False), (os.O_RDWR | os.O_APPEND, True),
+        )  # fmt: skip
+        for flags, is_taker in kinds:
+            handle = lane.handles.by_number[lane.handles.add(disk, 7, flags)]
+            assert (handle.taker is not None) is is_taker, flags
 
     run(test)
 

@@ -620,6 +620,23 @@ def test_one_that_refers_to_itself_is_collected() -> None:
     assert gone() is None
 
 
+def test_an_image_its_cache_and_what_accepts_its_writes_may_go_together(tmp_path: Path) -> None:
+    """The garbage collector may take a memoryview apart before who holds it: Python would crash."""
+    for number in range(3):
+        image: Any = opened(made(tmp_path / f"{number}.sealed"))
+        image.known = image.taker()
+        image._cache.shared.known = image
+        gone = weakref.ref(image)
+        image.abandon()
+        del image
+        gc.collect()
+        assert gone() is None
+    given = arguments()
+    with pytest.raises(TypeError, match="a view"):
+        _blocktake.Taker(**{**given, "slab": memoryview(given["slab"])})
+    given["slab"].append(0)
+
+
 def test_the_slab_stays_mapped_and_is_let_go_of() -> None:
     given = arguments()
     slab: bytearray = given["slab"]

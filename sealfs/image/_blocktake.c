@@ -83,6 +83,8 @@ static PyObject *taker_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (!group_blocks || !fanout || !part_blocks || slab.len % BLOCK_SIZE ||
         (group_blocks - 1) / part_blocks >= PARTS_MAX)
         PyErr_SetString(PyExc_ValueError, "Taker: sizes do not fit");
+    else if (slab.obj != NULL && PyMemoryView_Check(slab.obj)) /* see BlockCache.memory */
+        PyErr_SetString(PyExc_TypeError, "Taker: a slab that is a view");
     else
         self = (Taker *)type->tp_alloc(type, 0);
     if (self == NULL) {

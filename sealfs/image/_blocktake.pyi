@@ -1,5 +1,6 @@
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from mmap import mmap
 
 from sealfs.image.plan import Buffer
 
@@ -17,7 +18,7 @@ class Taker:
         leaves: Mapping[int, bytearray],
         space: object,
         reader: object,
-        slab: Buffer,
+        slab: mmap | bytearray,
         base: int,
         group_blocks: int,
         fanout: int,

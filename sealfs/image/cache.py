@@ -44,7 +44,9 @@ class BlockCache:
         # Not a dict: taking the first item off one again and again walks over all that are gone.
         self.clean: OrderedDict[int, bytes] = OrderedDict()
         """Clean blocks of all images, the one used longest ago first."""
-        self._slab: mmap.mmap | None = None
+        self.memory: mmap.mmap | None = None
+        """All frames, for who keeps a hold on them: not on `view`, which the garbage collector may
+        take apart before who holds it, and Python crashes."""
         self.view = memoryview(b"")
         self.free = list(range(self.dirty_max // BLOCK_SIZE - 1, -1, -1))
         """Frames that can be taken, the next one last."""
@@ -75,12 +77,12 @@ class BlockCache:
     def attach(self) -> ImageCache:
         """Return a new image's part of the cache."""
         with self._attaching:
-            if self._slab is None:
+            if self.memory is None:
                 # Mapped when the first image is opened, so that daemonising does not copy it.
-                self._slab = mmap.mmap(-1, self.dirty_max)
+                self.memory = mmap.mmap(-1, self.dirty_max)
                 with contextlib.suppress(OSError):
-                    self._slab.madvise(_MADV_DONTDUMP)
-                self.view = memoryview(self._slab)
+                    self.memory.madvise(_MADV_DONTDUMP)
+                self.view = memoryview(self.memory)
             self._image_count += 1
             return ImageCache(self, self._image_count << _IMAGE_SHIFT)
 

@@ -363,10 +363,11 @@ class SealedImage:
         if Taker is None:
             return None
         cache, shared, space = self._cache, self._cache.shared, self._volume.space
+        assert shared.memory is not None, "it is mapped when an image is opened"
         return Taker(
             image=self, check=self._check_writable, cache=cache, shared=shared, clean=shared.clean,
             free=shared.free, nodes=self._tree.nodes[1], leaves=self._tree.leaves, space=space,
-            reader=self._reader, slab=cache.slab, base=cache.base,
+            reader=self._reader, slab=shared.memory, base=cache.base,
             group_blocks=self._geometry.group_blocks, fanout=self._geometry.fanout,
             part_blocks=space.part_blocks,
         )  # fmt: skip

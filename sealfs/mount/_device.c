@@ -83,7 +83,7 @@ typedef struct {
 #define UNSURE -2 /* as in image/reader.py */
 
 static PyObject *name_quick, *name_answer, *name_flush, *name_missing, *name_taker, *name_take,
-    *name_take_landed, *name_put, *name_disk, *name_buffered_handles, *name_view, *name_free,
+    *name_take_landed, *name_put, *name_disk, *name_buffered_handles, *name_memory, *name_free,
     *nothing;
 
 static int device_clear(Device *self)
@@ -205,12 +205,13 @@ static void prepare(Device *self)
     if (!self->wants_landing || (size_t)self->buffer.len < whole)
         return;
     if (self->slab.buf == NULL) {
-        PyObject *view = PyObject_GetAttr(self->shared, name_view);
-        if (view == NULL || PyObject_GetBuffer(view, &self->slab, PyBUF_WRITABLE) < 0) {
-            self->slab = (Py_buffer){0}; /* who fails leaves something in it */
+        PyObject *memory = PyObject_GetAttr(self->shared, name_memory);
+        if (memory == NULL || PyMemoryView_Check(memory) || /* see BlockCache.memory */
+            PyObject_GetBuffer(memory, &self->slab, PyBUF_WRITABLE) < 0) {
+            self->slab = (Py_buffer){0}; /* who fails may leave something in it */
             PyErr_Clear();
         }
-        Py_XDECREF(view);
+        Py_XDECREF(memory);
     }
     PyObject *free = self->slab.buf == NULL ? NULL : PyObject_GetAttr(self->shared, name_free);
     if (free == NULL || !PyList_CheckExact(free) || PyList_GET_SIZE(free) < LANDING_BLOCKS)
@@ -467,7 +468,7 @@ static PyType_Slot device_slots[] = {
      "Device(fd, buffer, others, handles, outbox, not_taken, shared): requests of a descriptor that\n"
      "does not block. `handles`: by number, each with a `quick` and a `taker`, None or what answers\n"
      "its reads and accepts its writes, and with its `disk`; `not_taken`: called with the errno of\n"
-     "answers that were not; `shared`: the cache, of whose `view` the next `free` frames may be\n"
+     "answers that were not; `shared`: the cache, of whose `memory` the next `free` frames may be\n"
      "written. One thread at a time."},
     {0, NULL},
 };
@@ -498,7 +499,7 @@ PyMODINIT_FUNC PyInit__device(void)
     name_put = PyUnicode_InternFromString("put");
     name_disk = PyUnicode_InternFromString("disk");
     name_buffered_handles = PyUnicode_InternFromString("buffered_handles");
-    name_view = PyUnicode_InternFromString("view");
+    name_memory = PyUnicode_InternFromString("memory");
     name_free = PyUnicode_InternFromString("free");
     nothing = PyBytes_FromStringAndSize(NULL, 0);
     PyObject *self = PyModule_Create(&module), *type = PyType_FromSpec(&device_spec);
