@@ -1690,8 +1690,8 @@ WRITES = (
         (("PyList_GET_ITEM(free, last - i)", "PyList_GET_ITEM(free, i)"),), (DEVICE,),
     ),
     Mutant(
-        "one frame less than the longest write has blocks", _RECEIVES, DEVICE_C,
-        (("_SIZE(free) < LANDING_BLOCKS)", "_SIZE(free) < LANDING_BLOCKS - 1)"),),
+        "frames that just suffice are not received into", _RECEIVES, DEVICE_C,
+        (("_SIZE(free) < LANDING_BLOCKS)", "_SIZE(free) <= LANDING_BLOCKS)"),),
         (DEVICE,),
     ),
     Mutant(

@@ -979,7 +979,8 @@ def test_a_device_and_its_cache_may_go_together() -> None:
         del writes
         gc.collect()
         assert gone() is None
-    writes = Writes(_device.Device, SimpleNamespace(memory=None, free=list(range(600))))
+    frames = list(range(599, -1, -1))
+    writes = Writes(_device.Device, SimpleNamespace(memory=None, free=frames))
     writes.cache.memory = memoryview(bytearray(600 * PAGE))
     for _ in range(2):
         writes.expect_long()

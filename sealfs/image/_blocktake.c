@@ -182,21 +182,6 @@ static int may_take(Taker *self, unsigned long long offset, unsigned long long s
     return 1;
 }
 
-/* How many of these blocks have no dirty frame yet; -1 with an exception set. */
-static Py_ssize_t count_missing(PyObject *dirty, unsigned long long first, unsigned long long count)
-{
-    Py_ssize_t missing = (Py_ssize_t)count;
-    if (PyDict_GET_SIZE(dirty) == 0)
-        return missing;
-    for (unsigned long long i = 0; i < count; i++) {
-        if (at_number(dirty, first + i) != NULL)
-            missing--;
-        else if (PyErr_Occurred())
-            return -1;
-    }
-    return missing;
-}
-
 /* Give one block the last of `frames`, of which there are `*left`; or have it keep its own, where
  * `content` is to be copied. What it had before goes to `old_frames`. 0, or -1 with an exception. */
 static int put_block(Taker *self, PyObject *dirty, unsigned long long block,
@@ -261,9 +246,14 @@ static int put(Taker *self, unsigned long long first, unsigned long long count,
         PyErr_SetString(PyExc_TypeError, "Taker: blocks that are no dictionary");
         goto end;
     }
-    Py_ssize_t left = content ? count_missing(dirty, first, count) : (Py_ssize_t)count;
+    Py_ssize_t left = (Py_ssize_t)count; /* at most: a dirty block may keep its frame */
+    if (content != NULL && count == 1) { /* often again and again */
+        left -= at_number(dirty, first) != NULL;
+        if (PyErr_Occurred())
+            goto end;
+    }
     Py_ssize_t rest = PyList_GET_SIZE(self->free) - left;
-    if (left < 0 || (content == NULL && (old_frames = PyList_New(0)) == NULL))
+    if (content == NULL && (old_frames = PyList_New(0)) == NULL)
         goto end;
     if (rest < 0) {
         PyErr_SetString(PyExc_ValueError, "Taker: no frame is left");
