@@ -361,6 +361,8 @@ def mounted(
             subprocess.run(["umount", "-l", str(mountpoint)], check=False)
     text = log.read_text()
     assert ("Traceback" in text) == traceback_expected, text
+    crashes = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS)
+    assert process.returncode not in crashes, "the daemon crashed"
 
 
 def _is_mounted(mountpoint: Path) -> bool:

@@ -147,6 +147,43 @@ def test_direct_io_at_any_alignment(disk: Path) -> None:
     assert disk.read_bytes() == expected
 
 
+@pytest.mark.parametrize("flags", [0, os.O_DIRECT], ids=["buffered", "direct"])
+def test_long_writes_with_all_else_between_them(mount: Mounted, disk: Path, flags: int) -> None:
+    """After a long one the next request is received into frames, whatever it is."""
+    rng, memory = random.Random(6), mmap.mmap(-1, 1 << 20)
+    model = bytearray(disk.read_bytes()[: 8 << 20])
+    fd = os.open(disk, os.O_RDWR | flags)
+    for _ in range(120):
+        size = rng.choice((1 << 20, 1 << 20, 512 << 10, 128 << 10, 64 << 10, 4096, 512))
+        offset = rng.randrange(0, len(model) - size, 512)
+        if rng.random() < 0.8:
+            offset = offset // 4096 * 4096
+        memory[:size] = rng.randbytes(size)
+        assert os.pwritev(fd, [memoryview(memory)[:size]], offset) == size
+        model[offset : offset + size] = memory[:size]
+        between = rng.randrange(8)
+        if between == 0:
+            os.fsync(fd)
+        elif between == 1:
+            os.stat(disk)
+            with contextlib.suppress(OSError):
+                os.setxattr(disk, "user.any", os.urandom(3000))
+        elif between == 2:
+            at = rng.randrange(0, len(model), 4096)
+            assert os.preadv(fd, [memoryview(memory)[:4096]], at) == 4096
+            assert memory[:4096] == model[at : at + 4096]
+        elif between == 3 and has_lane(mount):
+            at = rng.randrange(0, len(model) // 2, 4096)
+            assert fallocate(fd, 0x03, at, 300_000) == 0
+            model[at : at + 300_000] = bytes(300_000)
+    os.fsync(fd)
+    for at in range(0, len(model), 1 << 20):
+        assert os.preadv(fd, [memory], at) == 1 << 20
+        assert memory[:] == model[at : at + (1 << 20)]
+    os.close(fd)
+    assert disk.read_bytes()[: len(model)] == model
+
+
 def test_shared_and_private_mappings(disk: Path) -> None:
     with open(disk, "r+b") as file:
         with mmap.mmap(file.fileno(), 1 << 20) as shared:
