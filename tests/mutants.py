@@ -524,16 +524,15 @@ RECOVER = (
     ),
     Mutant(
         "a record is made longer than half the journal", "7", COMMITTER,
-        (("        if head_pages + inline_count > self._volume.journal.record_pages_max:\n"
-          "            return False\n", ""),),
+        (("return min(RECORD_BLOCKS_MAX - count,"
+          " pages - pages * (8 + ENTRY_SIZE) // BLOCK_SIZE - 1)",
+          "return RECORD_BLOCKS_MAX - count"),),
         (SPACE, IMAGE, CUTS),
     ),
     Mutant(
         "a live block is written in place", "8.1", COMMITTER,
-        (("                inline = [block for block in members if flags[block - first]]\n",
-          "                inline = []\n"),
-         ("                direct = [block for block in members if not flags[block - first]]\n",
-          "                direct = members\n"),),
+        (("        batch.inline += compress(blocks, flags)\n", ""),
+         ("compress(blocks, flags.translate(_INVERTED))", "blocks"),),
         (CUTS,),
     ),
     Mutant(
@@ -1305,10 +1304,69 @@ NETS = (
 
 QUICK_C, DEVICE_C = "image/_blockread.c", "mount/_device.c"
 TAKER_C, STATE_H = "image/_blocktake.c", "image/_state.h"
+BATCH_C, SEAL_C = "image/_blockbatch.c", "image/_blockseal.c"
 DEVICE_FILE, LANE_FILE = "mount/device.py", "mount/lane.py"
 QUICK, DEVICE, TAKER = "tests/test_quick.py", "tests/test_device.py", "tests/test_taker.py"
+BLOCKBATCH, BLOCKSEAL = "tests/test_blockbatch.py", "tests/test_blockseal.py"
 LONG_READS, LANE = "tests/test_long_reads.py", "tests/test_lane.py"
 _ANSWERS, _WAITS, _SHARES = "Quick.answer", "Device.next", "lane.py, long reads"
+
+BATCHES = (
+    Mutant(
+        "an entry that is there passes for a hole", "8.1", BATCH_C,
+        (("leaf[index * ENTRY_SIZE + FLAGS_AT] != 0", "leaf[index * ENTRY_SIZE + FLAGS_AT] > 1"),),
+        (BLOCKBATCH,),
+    ),
+    Mutant(
+        "entries go to the leaf page of the group before", "7, applied", BATCH_C,
+        (("                goto end;\n            last = group;\n        }\n        to[i]",
+          "                goto end;\n        }\n        last = group;\n        to[i]"),
+         ("        if (i == 0 || group != last) {\n"
+          "            leaf = leaf_of(leaves, group, &number);\n            if (leaf == NULL && ",
+          "        if (i == 0 || group > last + 1) {\n"
+          "            leaf = leaf_of(leaves, group, &number);\n"
+          "            if (leaf == NULL && "),),
+        (BLOCKBATCH,),
+    ),
+    Mutant(
+        "entries are set before it is known that all can be", "_blockbatch.set_entries", BATCH_C,
+        (("        to[i] = leaf + index * ENTRY_SIZE;\n",
+          "        to[i] = leaf + index * ENTRY_SIZE;\n"
+          "        memcpy(to[i], (char *)entries.buf + i * ENTRY_SIZE, ENTRY_SIZE);\n"),),
+        (BLOCKBATCH,),
+    ),
+    Mutant(
+        "a block goes home to the group before", "8.2 step 5", BATCH_C,
+        (("PyLong_AsUnsignedLongLong(PySequence_Fast_GET_ITEM(starts, part++));",
+          "PyLong_AsUnsignedLongLong("
+          "PySequence_Fast_GET_ITEM(starts, part ? part - 1 : 0)), part++;"),),
+        (BLOCKBATCH,),
+    ),
+    Mutant(
+        "the MAC of a leaf page does not know the group", "6.1", SEAL_C,
+        (("        put_le(head + prefix.len, index_of[i], 8);\n",
+          "        put_le(head + prefix.len, index_of[0], 8);\n"),),
+        (BLOCKSEAL,),
+    ),
+    Mutant(
+        "the MAC of a leaf page is one of those before, too", "6.1", SEAL_C,
+        (("    return EVP_MAC_init(ctx, NULL, 0, NULL) == 1 && EVP_MAC_update(ctx, head",
+          "    return EVP_MAC_update(ctx, head"),),
+        (BLOCKSEAL,),
+    ),
+    Mutant(
+        "a group without a slot is taken for a usual one", "7, ALLOC", COMMITTER,
+        (("len(flags) if unknown < 0 else unknown", "len(flags)"),), (IMAGE, CUTS),
+    ),
+    Mutant(
+        "a leaf page gets the MAC of another", "6.1", TREE_FILE,
+        (("        groups = list(self._stale_leaves)\n",
+          "        groups = list(self._stale_leaves)[::-1]\n"),
+         ("        for at, group in enumerate(groups):\n",
+          "        for at, group in enumerate(self._stale_leaves):\n"),),
+        (TREE,),
+    ),
+)  # fmt: skip
 
 READS = (
     Mutant(
@@ -1718,7 +1776,7 @@ WRITES = (
 
 NAMED: tuple[Mutant, ...] = (
     *COMMIT, *CHECKPOINT, *WRITING, *RECOVER, *STRUCTURES, *REWRITE, *REKEYS, *LEDGERS, *NETS,
-    *READS, *WRITES,
+    *BATCHES, *READS, *WRITES,
 )  # fmt: skip
 
 _TRUE = "equivalent: `present` is only asked for being zero or not"

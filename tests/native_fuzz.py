@@ -20,7 +20,15 @@ from typing import Any
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from sealfs.image import _blockread, _blockseal, _blocktake, _blockwrite
+from sealfs.image import (
+    _blockbatch,
+    _blockread,
+    _blockseal,
+    _blocktake,
+    _blockwrite,
+    blockbatch,
+    blockseal,
+)
 from sealfs.mount import _device, _ring
 
 PAGE = 4096
@@ -363,6 +371,29 @@ class Fuzz:
                 if place not in places[i + 1 :]:
                     assert os.pread(self.fd, PAGE, place) == content[i * PAGE : (i + 1) * PAGE]
 
+    def batch(self) -> None:
+        """Cut blocks to groups, look their entries up and set them, compute MACs of the pages."""
+        rng = self.rng
+        group_blocks = rng.choice((1, 7, 128))
+        blocks = [rng.randrange(4 * group_blocks) for _ in range(rng.randrange(12))]
+        leaves = {group: bytearray(rng.randbytes(PAGE)) for group in range(rng.choice((4, 4, 2)))}
+        entries = rng.randbytes(32 * len(blocks))
+        spans = self.call("spans", _blockbatch.spans, blocks, group_blocks)
+        if spans is not None:
+            assert spans == blockbatch.spans(blocks, group_blocks)
+        found = self.call("flags_of", _blockbatch.flags_of, leaves, blocks, group_blocks)
+        if found is not None:
+            assert found == blockbatch.flags_of(leaves, blocks, group_blocks)
+        starts = [rng.randrange(2**40) for _ in blockbatch.spans(blocks, group_blocks)[0]]
+        found = self.call("home_offsets", _blockbatch.home_offsets, blocks, group_blocks, starts)
+        if found is not None:
+            assert found == blockbatch.home_offsets(blocks, group_blocks, starts)
+        self.call("set_entries", _blockbatch.set_entries, leaves, blocks, entries, group_blocks)
+        key, pages = rng.randbytes(32), list(leaves.values())
+        macs = self.call("mac_run", _blockseal.mac_run, key, PREFIX, list(leaves), pages, 24)
+        if macs is not None:
+            assert macs == blockseal.mac_run(key, PREFIX, list(leaves), pages, 24)
+
     def fetch(self) -> None:
         """Have parts of the file read."""
         for _ in range(self.rng.randrange(20)):
@@ -383,7 +414,7 @@ def main() -> None:
     print(f"seed {seed}", flush=True)
     fuzz, end = Fuzz(seed), time.monotonic() + seconds
     while time.monotonic() < end:
-        for part in (fuzz.seal_and_open, fuzz.take, fuzz.write, fuzz.fetch):
+        for part in (fuzz.seal_and_open, fuzz.take, fuzz.write, fuzz.batch, fuzz.fetch):
             part()
     for name, count in sorted(fuzz.calls.items()):
         print(f"{count:9,} {name}")

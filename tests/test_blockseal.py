@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import threading
 import time
@@ -115,6 +116,35 @@ def test_an_epoch_without_a_key_is_named_and_nothing_is_touched(module: Any) -> 
     assert run == ciphertext
 
 
+@given(
+    key=st.binary(min_size=32, max_size=32), prefix=st.binary(max_size=56),
+    pages=st.lists(st.binary(max_size=300) | st.just(bytes(BLOCK_SIZE)), max_size=9),
+    first=st.integers(0, 2**63), size=st.integers(1, 32),
+)  # fmt: skip
+@settings(deadline=None)
+def test_both_make_the_same_macs(
+    key: bytes, prefix: bytes, pages: list[bytes], first: int, size: int
+) -> None:
+    indexes = range(first, first + len(pages))
+    macs = _blockseal.mac_run(key, prefix, indexes, list(map(bytearray, pages)), size)
+    assert macs == blockseal.mac_run(key, prefix, indexes, pages, size)
+    assert macs == b"".join(
+        hmac.digest(key, prefix + index.to_bytes(8, "little") + page, "sha256")[:size]
+        for index, page in zip(indexes, pages, strict=True)
+    )
+
+
+def test_macs_of_many_leaf_pages_are_those_of_each() -> None:
+    macs = cipher.TreeMacs(os.urandom(32), os.urandom(16))
+    groups = [3, 0, 2**40, 7, 8, 9]
+    pages = [bytearray(os.urandom(BLOCK_SIZE)) for _ in groups]
+    each = [macs.leaf(group, page) for group, page in zip(groups, pages, strict=True)]
+    assert macs.leaves(groups, pages) == b"".join(each)
+    assert macs.leaves([], []) == b""
+    macs.begin(os.urandom(32))
+    assert macs.leaves(groups[:1], pages[:1]) == macs.leaf(groups[0], pages[0]) != each[0]
+
+
 def test_sizes_that_do_not_fit_are_our_bug_and_never_a_stray_write() -> None:
     ciphertext, entries = sealed(_blockseal, [1, 1], 0)
     run = bytearray(ciphertext)
@@ -131,6 +161,13 @@ def test_sizes_that_do_not_fit_are_our_bug_and_never_a_stray_write() -> None:
         lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0, 1], frame, [0], out),
         lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0, 1], frame, [0, 0], out),
         lambda: _blockseal.seal_run(key, PREFIX, 2**32, 0, [0], frame, [0], out),
+        lambda: _blockseal.mac_run(key[:31], PREFIX, [0], [frame], 24),
+        lambda: _blockseal.mac_run(key, bytes(57), [0], [frame], 24),
+        lambda: _blockseal.mac_run(key, PREFIX, [0, 1], [frame], 24),
+        lambda: _blockseal.mac_run(key, PREFIX, [0], [frame], 0),
+        lambda: _blockseal.mac_run(key, PREFIX, [0], [frame], 33),
+        lambda: blockseal.mac_run(key, PREFIX, [0, 1], [frame], 24),
+        lambda: blockseal.mac_run(key, PREFIX, [0], [frame], 33),
     ):
         with pytest.raises(ValueError, match="size"):
             wrong()
@@ -139,11 +176,15 @@ def test_sizes_that_do_not_fit_are_our_bug_and_never_a_stray_write() -> None:
         lambda: _blockseal.open_run([], PREFIX, 0, entries, memoryview(run)),
         lambda: _blockseal.seal_run(key, PREFIX, 1, 0, ["0"], frame, [0], out),
         lambda: _blockseal.seal_run(key, PREFIX, 1, 0, [0], frame, [None], out),
+        lambda: _blockseal.mac_run(key, PREFIX, [0, 1], [frame, None], 24),
+        lambda: _blockseal.mac_run(key, PREFIX, [None], [frame], 24),
     ):
         with pytest.raises(TypeError):
             wrong()
     with pytest.raises(OverflowError):
         _blockseal.seal_run(key, PREFIX, 1, 0, [-1], frame, [0], out)
+    with pytest.raises(OverflowError):
+        _blockseal.mac_run(key, PREFIX, [-1], [frame], 24)
     assert run == ciphertext
 
 

@@ -60,7 +60,7 @@ class Disk:
             self.allocator.free_node(slot, position)
         tree.gone_nodes.clear()
         pages = tree.take_changes(self.take_node)
-        self.pages.update(pages)
+        self.pages.update((offset, bytes(page)) for offset, page in pages)
         self.root_mac = root_mac
         self.location = (tree.top.slot, tree.top.position, tree.top.place)
         tree.settle()

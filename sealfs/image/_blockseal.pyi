@@ -15,3 +15,6 @@ def seal_run(
 def open_run(
     keys: dict[int, bytearray], prefix: bytes, first: int, entries: Buffer, run: memoryview
 ) -> int: ...
+def mac_run(
+    key: Buffer, prefix: bytes, indexes: Sequence[int], pages: Sequence[Buffer], size: int
+) -> bytes: ...

@@ -57,9 +57,7 @@ class Batch:
 
     def blocks(self, group_blocks: int) -> list[int]:
         """Return all blocks that it writes."""
-        whole = [
-            block
-            for group, _ in self.full_groups
-            for block in range(group * group_blocks, (group + 1) * group_blocks)
-        ]
-        return [*whole, *self.direct, *self.inline]
+        blocks: list[int] = []
+        for group, _ in self.full_groups:
+            blocks.extend(range(group * group_blocks, (group + 1) * group_blocks))
+        return blocks + self.direct + self.inline

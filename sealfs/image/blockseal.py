@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import struct
 from collections.abc import Sequence
 
@@ -64,3 +65,15 @@ def open_run(
             run[:] = bytes(len(run))
             return i
     return -1
+
+
+def mac_run(
+    key: Buffer, prefix: bytes, indexes: Sequence[int], pages: Sequence[Buffer], size: int
+) -> bytes:
+    """Return the MACs of pages, joined; see `_blockseal.mac_run`."""
+    if len(indexes) != len(pages) or not 1 <= size <= 32:
+        raise ValueError("mac_run: sizes do not fit")
+    return b"".join(
+        hmac.digest(key, b"".join((prefix, _INDEX.pack(index), page)), "sha256")[:size]
+        for index, page in zip(indexes, pages, strict=True)
+    )

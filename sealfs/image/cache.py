@@ -25,7 +25,7 @@ DIRTY_MAX = 64 << 20
 
 _MADV_DONTDUMP = getattr(mmap, "MADV_DONTDUMP", 16)
 _SORT_COUNT_MIN = 64
-"""Giving back that many frames sorts the free ones: neighbours let a long write be one copy."""
+"""Taking that many frames sorts the free ones before: neighbours let a long write be one copy."""
 _IMAGE_SHIFT = 48
 """Blocks of an image are below 2^35; the bits above tell images apart."""
 
@@ -241,7 +241,7 @@ class ImageCache:
 
     def finish(self, blocks: Iterable[int]) -> None:
         """Let go of blocks whose commit is durable and home."""
-        self.shared.give_frames([self.committing.pop(block) for block in blocks])
+        self.shared.give_frames(list(map(self.committing.pop, blocks)))
 
     def discard(self, first: int, count: int) -> None:
         """Forget dirty and clean blocks of a run; none of them may be under commit."""

@@ -7,6 +7,12 @@ made here when it is committed (FORMAT.md 8.1). The steps in here are exclusive:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
+
+try:
+    from sealfs.image import _blockbatch as batches
+except ImportError:  # it could not be built here; the same in Python
+    from sealfs.image import blockbatch as batches  # type: ignore[no-redef]
 
 from sealfs.errors import NoSpace
 from sealfs.image.batch import Batch, Frames
@@ -14,13 +20,17 @@ from sealfs.image.cache import ImageCache
 from sealfs.image.layout import BLOCK_SIZE, ENTRY_SIZE, block_count_of, group_runs
 from sealfs.image.plan import Buffer
 from sealfs.image.reader import Reader
-from sealfs.image.record import head_pages_of
 from sealfs.image.steps import Steps
 from sealfs.image.tree import NO_SLOT
 from sealfs.image.volume import RECORD_BLOCKS_MAX, Volume
 
 SMALL_COMMIT_BLOCKS = 64
 """Up to 256 KiB all goes inline: one device flush instead of two (FORMAT.md 8.1)."""
+
+UNKNOWN = 2
+"""In what `flags_of` says: the leaf page is not in memory."""
+
+_INVERTED = bytes.maketrans(b"\0\1", b"\1\0")
 
 HOLES_MAX = 4096
 """HOLE runs in one record: 64 KiB of it."""
@@ -107,10 +117,8 @@ class Committer:
 
     def is_dirty_group(self, group: int) -> bool:
         """Whether a block of the group waits to be committed, or is being committed."""
-        first = group * self._geometry.group_blocks
-        blocks = range(first, first + self._geometry.group_blocks)
-        cache = self._cache
-        return any(b in cache.dirty or b in cache.committing for b in blocks)
+        whole = self._geometry.group_blocks
+        return self._cache.has_newer(group * whole, whole)
 
     def next_group(self, group: int) -> int:
         """Return the next group that holds something or is lost, or one beyond every disk."""
@@ -146,21 +154,32 @@ class Committer:
     def _commit_taken_steps(self, size: int) -> Steps[None]:
         """Commit what the cache has handed out, and the size of the disk."""
         blocks = sorted(self._cache.committing)
-        groups: dict[int, list[int]] = {}
-        for block in blocks:
-            groups.setdefault(block // self._geometry.group_blocks, []).append(block)
         is_small = len(blocks) <= SMALL_COMMIT_BLOCKS
-        whole = self._geometry.group_blocks
+        whole, leaves = self._geometry.group_blocks, self._tree.leaves
+        groups, ends = batches.spans(blocks, whole)
         yield from self._reader.load_leaves_steps(
-            [group for group, members in groups.items() if len(members) < whole]
+            [
+                group
+                for group, start, end in zip(groups, [0, *ends], ends, strict=False)
+                if end - start < whole and group not in leaves
+            ]
         )
+        # Of these blocks nobody else makes a hole, nor fills one, while this operation runs.
+        flags = batches.flags_of(leaves, blocks, whole)
+        if is_small:
+            flags = flags.replace(b"\0", b"\1")
         # The first record carries a new size: a block beyond the end that became durable before
         # the size did would come back from the dead when the disk grows over it.
-        batch, count = Batch(size=size), 0
-        for group, members in groups.items():
-            if self._add(batch, count, group, members, is_small=is_small):
-                count += len(members)
+        batch, count, start, at = Batch(size=size), 0, 0, 0
+        while at < len(groups):
+            room = self._room(batch, count)
+            stop, at = _usual(ends, at, start, flags, room, whole)
+            if stop > start:
+                _add(batch, blocks[start:stop], flags[start:stop])
+                count, start = count + stop - start, stop
                 continue
+            group, members = groups[at], blocks[start : ends[at]]
+            start, at = ends[at], at + 1
             for part in self._split(self._decide(size, group, members, is_small=is_small)):
                 part_count = len(part.blocks(whole))
                 if count and (
@@ -187,36 +206,10 @@ class Committer:
         # Home is written now: from here on reads go to the disk.
         self._cache.finish(batch.blocks(self._geometry.group_blocks))
 
-    def _add(
-        self, batch: Batch, count: int, group: int, members: list[int], *, is_small: bool
-    ) -> bool:
-        """Add some blocks of a live group to a batch of `count` blocks that has room for them.
-
-        As `_decide` would have it, for the usual case of a busy guest; False in every other.
-        """
-        if (
-            len(members) == self._geometry.group_blocks
-            or count + len(members) > RECORD_BLOCKS_MAX
-            or self._tree.slot_of(group) == NO_SLOT
-        ):
-            return False
-        inline, direct = members, []
-        if not is_small:
-            flags = self._volume.leaf(group)[28::ENTRY_SIZE]
-            if not all(flags):
-                first = group * self._geometry.group_blocks
-                inline = [block for block in members if flags[block - first]]
-                direct = [block for block in members if not flags[block - first]]
-        inline_count = len(batch.inline) + len(inline)
-        head_pages = head_pages_of(
-            len(batch.allocs), len(batch.full_groups), len(batch.direct) + len(direct),
-            inline_count, 0,
-        )  # fmt: skip
-        if head_pages + inline_count > self._volume.journal.record_pages_max:
-            return False
-        batch.inline += inline
-        batch.direct += direct
-        return True
+    def _room(self, batch: Batch, count: int) -> int:
+        """Return how many blocks a batch of `count` can take for sure, however they are written."""
+        pages = self._volume.journal.record_pages_max - batch.page_count()
+        return min(RECORD_BLOCKS_MAX - count, pages - pages * (8 + ENTRY_SIZE) // BLOCK_SIZE - 1)
 
     def _decide(self, size: int, group: int, members: list[int], *, is_small: bool) -> Batch:
         """Decide how a group's dirty blocks are written (FORMAT.md 8.1)."""
@@ -384,3 +377,28 @@ class Committer:
             if group in self.reserved and self._tree.slot_of(group) == NO_SLOT
         ]
         yield from self._commit_batch_steps(Batch(size=self._volume.size, allocs=allocs))
+
+
+def _usual(
+    ends: list[int], at: int, start: int, flags: bytes, room: int, whole: int
+) -> tuple[int, int]:
+    """Find how far the blocks from `start` on, where group `at` begins, are nothing special.
+
+    That is: of live groups whose leaf pages are in memory, not of whole groups, and not more than
+    there is room for. Returns where those blocks end, and the group that comes then.
+    """
+    unknown = flags.find(UNKNOWN, start)
+    limit = min(start + room, len(flags) if unknown < 0 else unknown)
+    while at < len(ends) and ends[at] <= limit and ends[at] - start < whole:
+        start = ends[at]
+        at += 1
+    return start, at
+
+
+def _add(batch: Batch, blocks: list[int], flags: bytes) -> None:
+    """Add blocks of live groups as `_decide` would have it (FORMAT.md 8.1)."""
+    if 0 not in flags:
+        batch.inline += blocks
+    else:
+        batch.inline += compress(blocks, flags)
+        batch.direct += compress(blocks, flags.translate(_INVERTED))

@@ -453,10 +453,13 @@ class Tree:
 
     def refresh(self, size: int) -> bytes:
         """Compute the MACs of everything stale, bottom up, and return the root MAC."""
-        for group in self._stale_leaves:
-            node, i = self.nodes[1][group // self._fanout], group % self._fanout
-            node.set_mac(i, self._macs.leaf(group, self.leaves[group]))
-            self._mark_node(node)
+        nodes, fanout = self.nodes[1], self._fanout
+        groups = list(self._stale_leaves)
+        macs = self._macs.leaves(groups, [self.leaves[group] for group in groups])
+        for at, group in enumerate(groups):
+            mac = macs[TREE_MAC_SIZE * at : TREE_MAC_SIZE * (at + 1)]
+            nodes[group // fanout].set_mac(group % fanout, mac)
+        self._stale_nodes[1].update({group // fanout for group in groups})
         self._stale_leaves.clear()
         top = b""
         for level in range(1, self._geometry.depth + 1):
@@ -493,21 +496,22 @@ class Tree:
         self._mark_node(parent)
         return mac
 
-    def take_changes(self, take_node: Callable[[], tuple[int, int]]) -> list[tuple[int, bytes]]:
+    def take_changes(self, take_node: Callable[[], tuple[int, int]]) -> list[tuple[int, Buffer]]:
         """Return what a checkpoint writes, (offset, page), and flip the places.
 
         Never over a page that the live superblock's tree may need: leaf and node pages go to
         their other place, new node pages to a free position. Call after `refresh`, and `settle`
-        when the pages are written.
+        when the pages are written. Leaf pages are not copied: they change with the next change.
         """
-        geometry, pages = self._geometry, []
+        geometry, fanout = self._geometry, self._fanout
+        pages: list[tuple[int, Buffer]] = []
+        nodes, leaf_offset = self.nodes[1], geometry.leaf_offset
         for group in self._changed_leaves:
-            node, i = self.nodes[1][group // self._fanout], group % self._fanout
+            node, i = nodes[group // fanout], group % fanout
             node.places[i] ^= 1
-            # The place is outside every MAC, but the page that hints at it is to be written.
-            self._changed_nodes[1].add(node.index)
-            offset = geometry.leaf_offset(node.slots[i], node.places[i])
-            pages.append((offset, bytes(self.leaves[group])))
+            pages.append((leaf_offset(node.slots[i], node.places[i]), self.leaves[group]))
+        # The place is outside every MAC, but the page that hints at it is to be written.
+        self._changed_nodes[1].update({group // fanout for group in self._changed_leaves})
         for level in range(1, geometry.depth + 1):
             for index in sorted(self._changed_nodes[level]):
                 node = self.nodes[level][index]

@@ -13,6 +13,11 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+try:
+    from sealfs.image import _blockbatch as batches
+except ImportError:  # it could not be built here; the same in Python
+    from sealfs.image import blockbatch as batches  # type: ignore[no-redef]
+
 from sealfs.errors import BlockDamaged, IntegrityError, StorageFailed
 from sealfs.image import scratch
 from sealfs.image.allocator import Allocator
@@ -42,7 +47,6 @@ from sealfs.image.format import (
 from sealfs.image.journal import Journal, Tail, encode_record
 from sealfs.image.layout import (
     BLOCK_SIZE,
-    ENTRY_SIZE,
     Geometry,
     block_count_of,
 )
@@ -196,17 +200,13 @@ class Volume:
             self._make_holes(first, count)
 
     def _set_entries(self, blocks: Sequence[int], entries: bytes) -> None:
-        group_blocks = self.geometry.group_blocks
-        group, leaf, at = -1, bytearray(), 0
-        for block in blocks:
-            if block // group_blocks != group:
-                group = block // group_blocks
-                if self.tree.leaf(group) is None:
-                    self.leaf(group)
-                leaf = self.tree.change_leaf(group)
-            to = block % group_blocks * ENTRY_SIZE
-            leaf[to : to + ENTRY_SIZE] = entries[at : at + ENTRY_SIZE]
-            at += ENTRY_SIZE
+        group_blocks, leaves = self.geometry.group_blocks, self.tree.leaves
+        groups, _ = batches.spans(blocks, group_blocks)
+        for group in groups:
+            if group not in leaves:
+                self.leaf(group)
+            self.tree.change_leaf(group)  # from here on it is not evicted
+        batches.set_entries(leaves, blocks, entries, group_blocks)
         if self.inline:
             for block in blocks:
                 self.inline.pop(block, None)
@@ -377,16 +377,13 @@ class Volume:
         if not blocks:
             return []
         geometry, group_blocks = self.geometry, self.geometry.group_blocks
-        offsets = array("Q")
-        group, base = -1, 0
-        for block in blocks:
-            if block // group_blocks != group:
-                group = block // group_blocks
-                slot = new_slots.get(group, NO_SLOT)
-                if slot == NO_SLOT:
-                    slot = self.tree.slot_of(group)
-                base = geometry.block_offset(slot, 0) - group * group_blocks * BLOCK_SIZE
-            offsets.append(base + block * BLOCK_SIZE)
+        starts = []
+        for group in batches.spans(blocks, group_blocks)[0]:
+            slot = new_slots.get(group, NO_SLOT)
+            if slot == NO_SLOT:
+                slot = self.tree.slot_of(group)
+            starts.append(geometry.block_offset(slot, 0))
+        offsets = array("Q", batches.home_offsets(blocks, group_blocks, starts))
         return [(Step.WRITE_BLOCKS, offsets, sealed)]
 
     def length_plan(self) -> WritePlan:
@@ -464,8 +461,8 @@ class Volume:
         pages = self.tree.take_changes(self.allocator.take_node)
         plan = self.space.extend_plan(list(self.tree.chunks()))
         pages.sort()
-        content = b"".join(page for _, page in pages)
-        plan.append((Step.WRITE_BLOCKS, array("Q", (offset for offset, _ in pages)), content))
+        content = b"".join([page for _, page in pages])
+        plan.append((Step.WRITE_BLOCKS, array("Q", [offset for offset, _ in pages]), content))
         plan.extend(self._table_plan())
         # Inline blocks were written home by their commits; this makes them durable too.
         # Crash until here: the old superblock's pages are all untouched; replay again.
